@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# derandomize: a red build is red again on the next machine. No deadline: the first call of an op is slow.
+# derandomize: a red build is red again on the next machine. No deadline: an op's first call is slow.
 settings.register_profile(
     "repo",
     derandomize=True,
