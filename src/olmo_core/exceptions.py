@@ -1,0 +1,16 @@
+"""The exceptions that this library raises for mistakes that it can name."""
+
+from __future__ import annotations
+
+__all__ = ["OLMoConfigurationError", "OLMoError"]
+
+
+class OLMoError(Exception):
+    """Base class of the library's own exceptions."""
+
+
+class OLMoConfigurationError(OLMoError):
+    """A configuration, or a combination of options, that cannot be honoured.
+
+    The message says what was expected, what came, and what to do instead.
+    """

@@ -1,0 +1,35 @@
+"""Small helpers without a better home."""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import torch
+
+__all__ = ["get_default_device", "seed_all"]
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, numpy's (if it is loaded) and torch's generators on every device.
+
+    Give every rank the same seed before ``init_weights``: sharded weights are drawn whole on each
+    rank and then cut, so that they equal the weights of a single process.
+
+    :param seed: From 0 to 2**32 - 1, the range that numpy accepts.
+    :raises ValueError: For a seed outside that range.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32 - 1], got {seed}")
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def get_default_device() -> torch.device:
+    """The current CUDA device if there is one, otherwise the CPU.
+
+    Apple's MPS is never chosen by itself, because it has no float64; name it to use it.
+    """
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
