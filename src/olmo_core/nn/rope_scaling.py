@@ -143,9 +143,9 @@ class YaRNRoPEScalingConfig(RoPEScalingConfig):
 
     factor: float = 8.0
     """How many times longer the context becomes."""
-    beta_fast: int = 32
+    beta_fast: float = 32
     """Dimensions that turn more often than this in the old context are kept."""
-    beta_slow: int = 1
+    beta_slow: float = 1
     """Dimensions that turn less often than this are divided by ``factor``."""
     old_context_len: int = 8192
     """The context that the model was trained with, in tokens."""
