@@ -279,7 +279,7 @@ class RotaryEmbeddingBase(nn.Module):
         if positions is None:
             if max_position is not None:
                 raise ValueError("max_position has a meaning only with positions")
-            rows = self._table(length, q.device, dtype)[:length]
+            rows = self._table(length, q.device, dtype).narrow(0, 0, length)
         else:
             if positions.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"positions must be int32 or int64, got {positions.dtype}")
@@ -342,7 +342,10 @@ class RotaryEmbeddingBase(nn.Module):
             # On the CPU: it has float64 everywhere, and all devices get the same table.
             angles = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] * inv_freqs
             table = torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(factor)
-            return table.to(dtype).to(device)
+            table = table.to(dtype).to(device)
+        # What torch._dynamo.mark_static sets: a table of another size is another constant.
+        table._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
+        return table
 
     # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo (1 s).
     _num_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
