@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# derandomize: a red build is red again on the next machine. No deadline: an op's first call is slow.
+# derandomize: a red build is red again on the next machine. No deadline: first calls are slow.
 settings.register_profile(
     "repo",
     derandomize=True,

@@ -355,16 +355,16 @@ class RingContextParallelStyle(Config):
     two v heads, etc. A larger stride will reduce the number of communication ops."""
 
     def __post_init__(self) -> None:
-        rings = [str(t.value) for t in RingAttentionLoadBalancerType if t != "ulysses"]
-        if self.load_balancer not in rings:
-            hint = " For Ulysses pass uly=UlyssesContextParallelStyle() to apply_cp() instead."
+        super().__post_init__()
+        if self.load_balancer == RingAttentionLoadBalancerType.ulysses:
             raise OLMoConfigurationError(
-                f"load_balancer must be one of {', '.join(rings)}, got {str(self.load_balancer)!r}."
-                + (hint if self.load_balancer == "ulysses" else "")
+                "RingContextParallelStyle: 'ulysses' is not a ring's load balancer. Choose zig_zag "
+                "or llama3, or pass uly=UlyssesContextParallelStyle() to apply_cp() instead."
             )
-        self.load_balancer = RingAttentionLoadBalancerType(self.load_balancer)
         if self.head_stride < 1:
-            raise OLMoConfigurationError(f"head_stride must be at least 1, got {self.head_stride}.")
+            raise OLMoConfigurationError(
+                f"RingContextParallelStyle: head_stride must be at least 1, got {self.head_stride}."
+            )
 
 
 @dataclass

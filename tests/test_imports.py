@@ -1,0 +1,231 @@
+"""What importing costs, what it needs, and which way imports point."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from importlib.util import resolve_name
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import olmo_core
+
+SRC = Path(olmo_core.__file__).parents[1]
+FILES = {
+    ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((SRC / "olmo_core").rglob("*.py"))
+}
+OPTIONAL = [
+    "cutlass",
+    "fla",
+    "flash_attn",
+    "flash_attn_3",
+    "flash_attn_interface",
+    "gguf",
+    "matplotlib",
+    "numpy",
+    "tensorboard",
+    "tokenizers",
+    "transformer_engine",
+    "transformer_engine_torch",
+    "transformers",
+    "triton",
+]
+# Each costs between 0.1 and 2 seconds, so it loads when it is used.
+HEAVY_TORCH = [
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.nn.attention.flex_attention",
+    "torch.nn.attention.varlen",
+    "torch.testing",
+    "torch.utils.tensorboard",
+]
+
+# Bottom to top: a module imports from its own layer and from those before it in this list. A
+# package speaks for its modules that are not listed.
+LAYERS = [
+    ["olmo_core", "olmo_core.exceptions"],
+    ["olmo_core.config", "olmo_core.utils", "olmo_core.distributed", "olmo_core.data"],
+    [
+        "olmo_core.nn",
+        "olmo_core.nn.attention.capabilities",
+        "olmo_core.nn.attention.layout",
+        "olmo_core.nn.attention.lengths",
+        "olmo_core.nn.attention.segments",
+        "olmo_core.nn.attention.sharding",
+    ],
+    ["olmo_core.nn.attention.kernels"],
+    [
+        "olmo_core.nn.attention.base",
+        "olmo_core.nn.attention.context_parallel",
+        "olmo_core.nn.attention.kv_cache",
+        "olmo_core.nn.attention.ops",
+        "olmo_core.nn.attention.probe",
+        "olmo_core.nn.attention.ring",
+        "olmo_core.nn.attention.selection",
+    ],
+    ["olmo_core.nn.attention.backend"],
+    ["olmo_core.nn.attention"],
+    ["olmo_core.nn.transformer"],
+    ["olmo_core.train", "olmo_core.hf"],
+    ["olmo_core.cli", "olmo_core.__main__"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def run(script: str, *args: str) -> Any:
+    """What a script prints as JSON on its last line, in an interpreter of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, *args],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(SRC), "PATH": "", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def imported(module: str, *, top_level: bool = False) -> Iterator[str]:
+    """The modules that a file imports, ``if TYPE_CHECKING`` apart."""
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if top_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in FILES else base
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    yield from visit(ast.parse(FILES[module].read_text(encoding="utf-8")))
+
+
+def level(module: str) -> int:
+    while module not in LEVEL:
+        module = module.rpartition(".")[0]
+    return LEVEL[module]
+
+
+def needs_triton(module: str) -> bool:
+    """A file of Triton kernels: ``@triton.jit`` needs the package when the file is imported."""
+    return any(name.split(".")[0] == "triton" for name in imported(module, top_level=True))
+
+
+def test_importing_attention_loads_nothing_optional() -> None:
+    script = """
+import json, sys
+import torch
+before = set(sys.modules)
+import olmo_core.nn.attention
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    loaded = run(script)
+    packages = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names)
+    assert packages <= {"olmo_core", "dataclass_extensions", "typing_extensions", "torch"}
+    assert "olmo_core.nn.attention" in loaded
+    for heavy in HEAVY_TORCH:
+        assert not [name for name in loaded if name == heavy or name.startswith(heavy + ".")]
+    assert len(loaded) < 200
+
+
+def test_every_module_imports_without_the_optional_packages() -> None:
+    """One child for each blocked package, and one with all of them blocked."""
+    script = """
+import importlib, json, os, sys, warnings
+modules, optional = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+
+def failures(blocked):
+    for name in blocked:
+        for loaded in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
+            del sys.modules[loaded]
+        sys.modules[name] = None
+    found = []
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            found.append(f"without {', '.join(blocked)}: {module}: {type(error).__name__}: {error}")
+    return found
+
+# torch itself uses numpy if it is there, so numpy is blocked before torch is imported.
+found = []
+for blocked in [optional, ["numpy"], *([name] for name in optional if name != "numpy")]:
+    if "numpy" not in blocked:
+        import torch  # once, in the parent
+    r, w = os.pipe()
+    if os.fork() == 0:
+        os.write(w, json.dumps(failures(blocked)).encode())
+        os._exit(0)
+    os.close(w)
+    found += json.loads(os.fdopen(r).read())
+    os.wait()
+print(json.dumps(found))
+"""
+    modules = [name for name in FILES if not needs_triton(name)]
+    assert run(script, json.dumps(modules), json.dumps(OPTIONAL)) == []
+
+
+def test_only_kernel_files_need_triton_to_import() -> None:
+    for module in FILES:
+        if needs_triton(module):
+            assert module.startswith("olmo_core.nn.attention.kernels."), module
+
+
+@pytest.mark.parametrize("module", [m for m in FILES if not needs_triton(m)])
+def test_optional_packages_are_imported_where_they_are_used(module: str) -> None:
+    third_party = {name.split(".")[0] for name in imported(module, top_level=True)}
+    assert third_party.isdisjoint(OPTIONAL)
+    if not module.startswith(("olmo_core.cli", "olmo_core.train")):
+        assert third_party.isdisjoint({"typer", "rich", "safetensors"})
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_one_way(module: str) -> None:
+    ours = [name for name in imported(module) if name in FILES and name != "olmo_core"]
+    upwards = [name for name in ours if level(name) > level(module)]
+    assert upwards == []
+
+
+def test_there_is_no_cycle() -> None:
+    graph = {
+        module: {name for name in imported(module) if name in FILES and name != module}
+        for module in FILES
+    }
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_kernels_do_not_import_each_other() -> None:
+    from olmo_core.nn.attention.kernels import _MODULES
+
+    package = "olmo_core.nn.attention.kernels"
+    kernels = {f"{package}.{file}" for file in _MODULES.values()}
+    for kernel in kernels & set(FILES):
+        assert kernels.isdisjoint(imported(kernel)), kernel
+
+
+def test_the_layer_table_names_what_exists() -> None:
+    planned = {"olmo_core.nn.attention.context_parallel", "olmo_core.hf"}
+    assert set(LEVEL) - set(FILES) - planned == set()
+
+
+def test_every_package_has_an_init() -> None:
+    """A namespace package would be missing from the wheel."""
+    found = {m.name for m in pkgutil.walk_packages([str(SRC / "olmo_core")], "olmo_core.")}
+    assert found == set(FILES) - {"olmo_core"}
