@@ -1,0 +1,56 @@
+"""Sequence mixers: softmax attention in three variants, and the gated delta net."""
+
+from olmo_core.nn.attention.attention import Attention, FusedAttention, NormalizedAttention
+from olmo_core.nn.attention.backend import (
+    AttentionBackend,
+    FlashAttention2Backend,
+    FlashAttention3Backend,
+    FlashAttention4Backend,
+    TEAttentionBackend,
+    TorchAttentionBackend,
+)
+from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
+from olmo_core.nn.attention.config import (
+    AttentionBackendName,
+    AttentionConfig,
+    AttentionType,
+    GateConfig,
+    GateGranularity,
+    SlidingWindowAttentionConfig,
+)
+from olmo_core.nn.attention.ring import (
+    RingAttentionLlama3LoadBalancer,
+    RingAttentionLoadBalancer,
+    RingAttentionLoadBalancerType,
+    RingAttentionZigZagLoadBalancer,
+    RingContextParallelStyle,
+    UlyssesContextParallelStyle,
+    UlyssesLoadBalancer,
+)
+
+__all__ = [
+    "Attention",
+    "AttentionBackend",
+    "AttentionBackendName",
+    "AttentionConfig",
+    "AttentionType",
+    "FlashAttention2Backend",
+    "FlashAttention3Backend",
+    "FlashAttention4Backend",
+    "FusedAttention",
+    "GateConfig",
+    "GateGranularity",
+    "NormalizedAttention",
+    "RingAttentionLlama3LoadBalancer",
+    "RingAttentionLoadBalancer",
+    "RingAttentionLoadBalancerType",
+    "RingAttentionZigZagLoadBalancer",
+    "RingContextParallelStyle",
+    "SequenceMixer",
+    "SequenceMixerConfig",
+    "SlidingWindowAttentionConfig",
+    "TEAttentionBackend",
+    "TorchAttentionBackend",
+    "UlyssesContextParallelStyle",
+    "UlyssesLoadBalancer",
+]

@@ -1,0 +1,599 @@
+"""The softmax attention layers.
+
+A tensor's way: ``x`` -> projections -> clip -> qk-norm and RoPE -> backend -> gate -> ``w_out``.
+
+Shape suffixes in comments: B batch, T tokens, H query heads, G key and value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention.backend import AttentionBackend, AutoAttentionBackend
+from olmo_core.nn.attention.base import SequenceMixer
+from olmo_core.nn.attention.config import AttentionBackendName, GateConfig, GateGranularity
+from olmo_core.nn.attention.inputs import Inputs, read_inputs
+from olmo_core.nn.attention.kv_cache import KVCacheManager
+from olmo_core.nn.functional import l2_normalize
+from olmo_core.nn.init import InitMethod
+from olmo_core.nn.layer_norm import LayerNormConfig
+from olmo_core.nn.rope import RoPEConfig, RoPEType
+
+if TYPE_CHECKING:
+    from olmo_core.nn.buffer_cache import BufferCache
+
+__all__ = ["Attention", "AttentionShape", "FusedAttention", "NormalizedAttention"]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of an attention layer, checked."""
+
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(
+        cls, d_model: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None
+    ) -> AttentionShape:
+        """:raises OLMoConfigurationError: If the sizes do not fit together."""
+        sizes = {"d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
+        for name, size in sizes.items():
+            optional = name in ("n_kv_heads", "head_dim")
+            if size is None and optional:
+                continue
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise OLMoConfigurationError(f"{name} must be a positive int, got {size!r}.")
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if n_heads % n_kv_heads:
+            raise OLMoConfigurationError(
+                f"n_heads must be a multiple of n_kv_heads, got {n_heads} and {n_kv_heads}."
+            )
+        if head_dim is None:
+            if d_model % n_heads:
+                raise OLMoConfigurationError(
+                    f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}. Give "
+                    "head_dim to use another width for the heads."
+                )
+            head_dim = d_model // n_heads
+        return cls(d_model, n_heads, n_kv_heads, head_dim)
+
+
+class _SoftmaxAttention(SequenceMixer):
+    """What the three variants share: the backend, the cache, the RoPE module and ``w_out``."""
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        bias: bool,
+        rope: RoPEConfig | None,
+        clip_qkv: float | None,
+        dropout: float,
+        softmax_scale: float | None,
+        use_flash: bool | None,
+        backend: AttentionBackendName | None,
+        window_size: int | None,
+        dtype: torch.dtype,
+        init_device: str,
+        cache: BufferCache | None,
+    ):
+        super().__init__()
+        self.d_model, self.n_heads = shape.d_model, shape.n_heads
+        self.n_kv_heads, self.head_dim = shape.n_kv_heads, shape.head_dim
+        if clip_qkv is not None and not clip_qkv > 0:
+            raise OLMoConfigurationError(f"clip_qkv must be positive, got {clip_qkv}.")
+        if not 0.0 <= dropout < 1.0:
+            raise OLMoConfigurationError(f"dropout must be in [0, 1), got {dropout}.")
+        if softmax_scale is not None and not 0 < softmax_scale < math.inf:
+            raise OLMoConfigurationError(f"softmax_scale must be positive, got {softmax_scale}.")
+        if window_size is not None and (
+            isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1
+        ):
+            raise OLMoConfigurationError(
+                f"window_size must be a positive number of keys, got {window_size!r}. Leave it out "
+                "for full attention."
+            )
+        if not dtype.is_floating_point:
+            raise OLMoConfigurationError(f"dtype must be a floating dtype, got {dtype}.")
+        self.clip_qkv, self.dropout_p, self.window_size = clip_qkv, dropout, window_size
+        self.softmax_scale = shape.head_dim**-0.5 if softmax_scale is None else softmax_scale
+        self.rope = None if rope is None else rope.build(shape.head_dim, cache=cache)
+        self.backend: AttentionBackend = _backend_class(backend, use_flash)(
+            head_dim=shape.head_dim,
+            n_heads=shape.n_heads,
+            n_kv_heads=shape.n_kv_heads,
+            scale=self.softmax_scale,
+            dropout_p=dropout,
+            window_size=(-1, -1) if window_size is None else (window_size - 1, 0),
+            cache=cache,
+            fallback=True,
+        )
+        self.kv_cache_manager: KVCacheManager | None = None
+        self.w_out = nn.Linear(
+            shape.n_heads * shape.head_dim, shape.d_model, bias, init_device, dtype
+        )
+
+    def init_kv_cache_manager(
+        self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0
+    ) -> None:
+        """Initialize the kv cache manager for attention. When the kv cache manager exists, kv caching
+        will be used during the forward pass. This should only be called during inference.
+
+        :param batch_size: The batch size for the cache.
+        :param max_seq_len: The maximum sequence length for the cache, left padding included.
+        :param max_rollback: Most tokens that the cache must be able to forget again.
+        :raises RuntimeError: If the backend does not support KV caching.
+        """
+        self.backend.assert_supports_kv_cache()
+        self.kv_cache_manager = KVCacheManager(
+            batch_size,
+            max_seq_len,
+            self.n_kv_heads,
+            self.head_dim,
+            self.w_out.weight.device,
+            self.w_out.weight.dtype,
+            window=self.window_size or -1,
+            max_rollback=max_rollback,
+        )
+        if self.rope is not None:
+            self.rope.warmup_cache(max_seq_len, self.w_out.weight.device)
+
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, **lengths: Any) -> Tensor:
+        """Attention proper: :meth:`AttentionBackend.forward` of ``(q, k, v)``."""
+        return self.backend((q, k, v), **lengths)
+
+    def _rotate(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        if self.rope is None:
+            return q, k
+        return self.rope(q, k, **inputs.rope)
+
+    def _attend(self, qkv: Tensor | tuple[Tensor, Tensor, Tensor], inputs: Inputs) -> Tensor:
+        return self.backend(qkv, kv_cache_manager=self.kv_cache_manager, **inputs.lengths)
+
+    def _clip(self, x: Tensor) -> Tensor:
+        return x if self.clip_qkv is None else x.clamp(-self.clip_qkv, self.clip_qkv)
+
+    def _output(self, att: Tensor, inputs: Inputs) -> Tensor:
+        out: Tensor = self.w_out(att)
+        return out if inputs.padding is None else out.masked_fill(inputs.padding[..., None], 0.0)
+
+    def _linears(self) -> list[nn.Linear]:
+        return [m for m in self.children() if isinstance(m, nn.Linear)]
+
+    @torch.no_grad()
+    def init_weights(
+        self,
+        *,
+        init_method: InitMethod,
+        d_model: int,
+        block_idx: int,
+        num_blocks: int,
+        std: float = 0.02,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Draw the weights anew: see :class:`InitMethod`."""
+        init_method = InitMethod(init_method)
+        for linear in self._linears_in_order():
+            init_method.init_linear_(
+                linear.weight,
+                linear.bias,
+                d_model=d_model,
+                block_idx=block_idx,
+                num_blocks=num_blocks,
+                std=std,
+                output=linear is self.w_out,
+                generator=generator,
+            )
+
+    def _linears_in_order(self) -> list[nn.Linear]:
+        """The projections, ``w_out`` last."""
+        return sorted(self._linears(), key=lambda linear: linear is self.w_out)
+
+    def num_flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations per token of forward and backward at length ``seq_len``.
+
+        This accounts for the linear projections (Q, K, V, output, and gating if enabled), 6 per
+        weight, and for the attention computation (QK^T and softmax(QK^T) @ V), 12 per head
+        dimension and key, of which there are no more than the window. A multiply-add counts as two,
+        the backward pass as twice the forward; the causal half is not taken off.
+        """
+        weights = sum(linear.weight.numel() for linear in self._linears())
+        keys = seq_len if self.window_size is None else min(self.window_size, seq_len)
+        return 6 * weights + 12 * self.n_heads * self.head_dim * keys
+
+
+class Attention(_SoftmaxAttention):
+    """An implementation of multi-head self-attention with support for multi-query (MQA) and
+    grouped-query (GQA) attention.
+
+    Intra-document masking is also supported by passing in the ``max_doc_len`` and ``cu_doc_lens``
+    parameters to :meth:`forward`.
+
+    .. seealso:: :class:`FusedAttention` if you're not using MQA or GQA.
+
+    :param d_model: The model hidden size.
+    :param n_heads: The number of attention heads.
+    :param n_kv_heads: The number of key and value heads, if different.
+    :param head_dim: The dimension of a head, if not ``d_model // n_heads``.
+    :param bias: Include biases with linear layers.
+    :param gate: Configuration for attention gating. If ``None``, no gating is applied.
+    :param rope: The config for RoPE, if RoPE should be used.
+    :param clip_qkv: Clip QKV to this value, if set.
+    :param qk_norm: Configuration of a layer norm for queries and keys.
+    :param dropout: Dropout probability of attention weights, in training alone.
+    :param softmax_scale: Factor of the scores; ``head_dim ** -0.5`` if not given.
+    :param use_flash: Deprecated, use ``backend="flash_2"`` instead.
+    :param backend: The attention backend to use. If not set, it will be chosen automatically.
+    :param window_size: How many keys a query sees, its own included. All if not given.
+    :param dtype: The default data type to use for parameters.
+    :param init_device: The device to initialize weights on.
+    :param cache: Where layers share RoPE tables.
+    :param use_head_qk_norm: Normalize each head by itself instead of the full width.
+    :raises OLMoConfigurationError: If an option is wrong.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = True,
+        gate: GateConfig | None = None,
+        rope: RoPEConfig | None = None,
+        clip_qkv: float | None = None,
+        qk_norm: LayerNormConfig | None = None,
+        dropout: float = 0.0,
+        softmax_scale: float | None = None,
+        use_flash: bool | None = None,
+        backend: AttentionBackendName | None = None,
+        window_size: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        init_device: str = "cpu",
+        cache: BufferCache | None = None,
+        use_head_qk_norm: bool = False,
+    ):
+        shape = AttentionShape.of(d_model, n_heads, n_kv_heads, head_dim)
+        super().__init__(
+            shape,
+            bias=bias,
+            rope=rope,
+            clip_qkv=clip_qkv,
+            dropout=dropout,
+            softmax_scale=softmax_scale,
+            use_flash=use_flash,
+            backend=backend,
+            window_size=window_size,
+            dtype=dtype,
+            init_device=init_device,
+            cache=cache,
+        )
+        if use_head_qk_norm and qk_norm is None:
+            raise OLMoConfigurationError("use_head_qk_norm=True needs a qk_norm to apply to heads.")
+        q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.w_q = nn.Linear(d_model, q_size, bias, init_device, dtype)
+        self.w_k = nn.Linear(d_model, kv_size, bias, init_device, dtype)
+        self.w_v = nn.Linear(d_model, kv_size, bias, init_device, dtype)
+        self.gate = gate
+        self.w_g: nn.Linear | None = None
+        if gate is not None:
+            n_values = gate.num_values(self.n_heads, self.head_dim)
+            self.w_g = nn.Linear(d_model, n_values, bias, init_device, dtype)
+        self.use_head_qk_norm = use_head_qk_norm
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if qk_norm is not None:
+            sizes = (self.head_dim, self.head_dim) if use_head_qk_norm else (q_size, kv_size)
+            self.q_norm, self.k_norm = (qk_norm.build(n, init_device=init_device) for n in sizes)
+
+    def forward(
+        self,
+        x: Tensor,
+        cu_doc_lens: Tensor | None = None,
+        cu_doc_lens_q: Tensor | None = None,
+        cu_doc_lens_k: Tensor | None = None,
+        max_doc_len: int | None = None,
+        max_doc_len_q: int | None = None,
+        max_doc_len_k: int | None = None,
+        local_k_slice: slice | None = None,
+        pos_sin: Tensor | None = None,
+        pos_cos: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+        cache_leftpad: Tensor | None = None,
+        *,
+        global_cu_doc_lens: Tensor | None = None,
+    ) -> Tensor:
+        """Apply attention to the input.
+
+        :param x: The input of shape ``(batch_size, seq_len, d_model)``.
+        :param cu_doc_lens: Cumulative document lengths in the input ``x``, a 1D ``torch.int32`` tensor
+            that should always have one more element than there are documents (the first element in
+            the tensor should always be ``0``).
+        :param cu_doc_lens_q: Of the queries, where a context-parallel shard has others than its keys.
+        :param cu_doc_lens_k: Of the keys, likewise.
+        :param max_doc_len: An upper bound of the longest document in ``x``, an int. Only together
+            with ``cu_doc_lens``; the whole length if not given.
+        :param max_doc_len_q: The same for ``cu_doc_lens_q``.
+        :param max_doc_len_k: The same for ``cu_doc_lens_k``.
+        :param local_k_slice: The part of all ranks' keys that ``cu_doc_lens_k`` describes.
+        :param pos_sin: The rows of the RoPE tables for the rows of ``x``, where ``x`` is a shard:
+            ``(seq_len, rotary_dim)``. With ``pos_cos``.
+        :param pos_cos: See ``pos_sin``.
+        :param freqs_cis: The same for complex RoPE: ``(seq_len, rotary_dim / 2)``.
+        :param cache_leftpad: How many leading tokens of each row are padding, ``(batch_size,)``,
+            int32. They are masked and their output is zero. With a KV cache it is given once, with
+            the first tokens.
+        :param global_cu_doc_lens: Of the whole sequence, under context parallelism.
+        :returns: The output of attention with shape ``(batch_size, seq_len, d_model)``.
+        :raises ValueError: If inputs do not fit the layer or each other.
+        :raises RuntimeError: If the backend can't serve the call; the message has every reason.
+        """
+        inputs = read_inputs(
+            self,
+            x,
+            cu_doc_lens=cu_doc_lens,
+            max_doc_len=max_doc_len,
+            cache_leftpad=cache_leftpad,
+            rope_buffers={"pos_sin": pos_sin, "pos_cos": pos_cos, "freqs_cis": freqs_cis},
+            global_cu_doc_lens=global_cu_doc_lens,
+            shard={
+                "cu_doc_lens_q": cu_doc_lens_q,
+                "cu_doc_lens_k": cu_doc_lens_k,
+                "max_doc_len_q": max_doc_len_q,
+                "max_doc_len_k": max_doc_len_k,
+                "local_k_slice": local_k_slice,
+            },
+        )
+        q, k, v = (self._clip(w(x)) for w in (self.w_q, self.w_k, self.w_v))
+        q, k = self._normalize(q, k)
+        q, k = self._rotate(q, k, inputs)
+        att = self._attend((q, k, self._split(v)), inputs)  # (B, T, H, D)
+        return self._output(self._gated(att, x).flatten(2), inputs)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """``(B, T, heads * D)`` to ``(B, T, heads, D)``."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def _normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """qk-norm over the full width or each head; splits the heads."""
+        if self.q_norm is None or self.k_norm is None:
+            return self._split(q), self._split(k)
+        if self.use_head_qk_norm:
+            return self.q_norm(self._split(q)), self.k_norm(self._split(k))
+        return self._split(self.q_norm(q)), self._split(self.k_norm(k))
+
+    def _gated(self, att: Tensor, x: Tensor) -> Tensor:
+        if self.gate is None or self.w_g is None:
+            return att
+        gate = self.w_g(x)
+        gate = gate[..., None] if self.gate.granularity == GateGranularity.headwise else self._split(gate)
+        if not self.gate.full_precision:
+            return att * torch.sigmoid(gate)
+        dtype = torch.promote_types(att.dtype, torch.float32)
+        return (att.to(dtype) * torch.sigmoid(gate.to(dtype))).to(att.dtype)
+
+    def init_weights(self, **kwargs: Any) -> None:
+        """Draw the weights anew: see :class:`InitMethod`. Norms start as the identity."""
+        super().init_weights(**kwargs)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+
+class NormalizedAttention(Attention):
+    """An nGPT attention implementation.
+
+    Loshchilov et al., "nGPT: Normalized Transformer with Representation Learning on the Hypersphere"
+    (2024): queries and keys are scaled by learned factors ``sq`` and ``sk``, scores by
+    ``head_dim ** 0.5``, and all matrices keep rows or columns of norm 1.
+
+    .. warning::
+        This is a beta feature! The API is subject to change even with minor and patch releases.
+        If you choose to use this feature please read the CHANGELOG before upgrading your version
+        of this library.
+
+    See :class:`Attention` for the parameters.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        rope: RoPEConfig | None = None,
+        qk_norm: LayerNormConfig | None = None,
+        use_flash: bool | None = None,
+        backend: AttentionBackendName | None = None,
+        dtype: torch.dtype = torch.float32,
+        init_device: str = "cpu",
+        cache: BufferCache | None = None,
+        window_size: int | None = None,
+    ):
+        shape = AttentionShape.of(d_model, n_heads, n_kv_heads, None)
+        super().__init__(
+            d_model=d_model,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            bias=False,
+            rope=rope,
+            qk_norm=qk_norm,
+            softmax_scale=math.sqrt(shape.head_dim),
+            use_flash=use_flash,
+            backend=backend,
+            window_size=window_size,
+            dtype=dtype,
+            init_device=init_device,
+            cache=cache,
+        )
+        self.sq_init_value = self.sk_init_value = 1.0
+        self.sq_init_scaling = self.sk_init_scaling = d_model**-0.5
+        factory: dict[str, Any] = {"dtype": dtype, "device": init_device}
+        self.sq = nn.Parameter(torch.empty(self.n_heads * self.head_dim, **factory))
+        self.sk = nn.Parameter(torch.empty(self.n_kv_heads * self.head_dim, **factory))
+        self._reset_scales()
+
+    @torch.no_grad()
+    def _reset_scales(self) -> None:
+        self.sq.fill_(self.sq_init_scaling)
+        self.sk.fill_(self.sk_init_scaling)
+
+    def _normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = (x.flatten(2) for x in super()._normalize(q, k))
+        q = q * (self.sq * (self.sq_init_value / self.sq_init_scaling)).to(q.dtype)
+        k = k * (self.sk * (self.sk_init_value / self.sk_init_scaling)).to(k.dtype)
+        return self._split(q), self._split(k)
+
+    def init_weights(self, **kwargs: Any) -> None:
+        """Draw the weights anew, and put the scales where they start."""
+        super().init_weights(**kwargs)
+        self._reset_scales()
+
+    @torch.no_grad()
+    def normalize_matrices(self) -> None:
+        """Normalize the weights in all matrices. This should be called after each optimizer step.
+
+        A row of zeros stays one.
+        """
+        for linear, dim in ((self.w_q, -1), (self.w_k, -1), (self.w_v, -1), (self.w_out, 0)):
+            linear.weight.copy_(l2_normalize(linear.weight, dim=dim))
+
+
+class FusedAttention(_SoftmaxAttention):
+    """A "fused" implementation of multi-head self-attention: one projection for Q, K and V.
+
+    Intra-document masking is supported by passing in the ``max_doc_len`` and ``cu_doc_lens``
+    parameters to :meth:`forward`. Works with every backend.
+
+    .. warning::
+        If using RoPE, this requires that you use the "fused" RoPE implementation
+        (:class:`olmo_core.nn.rope.FusedRotaryEmbedding`).
+
+    :param d_model: The model hidden size.
+    :param n_heads: The number of attention heads.
+    :param bias: Include biases with linear layers.
+    :param rope: The config for RoPE, if RoPE should be used.
+    :param clip_qkv: Clip QKV to this value, if set.
+    :param dropout: Dropout probability of attention weights, in training alone.
+    :param dtype: The default data type to use for parameters.
+    :param backend: The attention backend to use. If not set, it will be chosen automatically.
+    :param init_device: The device to initialize weights on.
+    :param cache: Where layers share RoPE tables.
+    :param window_size: How many keys a query sees, its own included. All if not given.
+    :raises OLMoConfigurationError: If an option is wrong.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        bias: bool = True,
+        rope: RoPEConfig | None = None,
+        clip_qkv: float | None = None,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        backend: AttentionBackendName | None = None,
+        init_device: str = "cpu",
+        cache: BufferCache | None = None,
+        window_size: int | None = None,
+    ):
+        if rope is not None and rope.name != RoPEType.fused:
+            raise OLMoConfigurationError(
+                f"FusedAttention needs the RoPE implementation '{RoPEType.fused}', got '{rope.name}'. "
+                "It computes the same as 'default'."
+            )
+        super().__init__(
+            AttentionShape.of(d_model, n_heads, None, None),
+            bias=bias,
+            rope=rope,
+            clip_qkv=clip_qkv,
+            dropout=dropout,
+            softmax_scale=None,
+            use_flash=None,
+            backend=backend,
+            window_size=window_size,
+            dtype=dtype,
+            init_device=init_device,
+            cache=cache,
+        )
+        self.backend.assert_supports_packed_qkv()
+        self.w_qkv = nn.Linear(d_model, 3 * d_model, bias, init_device, dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        max_doc_len: int | None = None,
+        cu_doc_lens: Tensor | None = None,
+        pos_sin: Tensor | None = None,
+        pos_cos: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+        cache_leftpad: Tensor | None = None,
+        *,
+        global_cu_doc_lens: Tensor | None = None,
+    ) -> Tensor:
+        """Apply attention to the input.
+
+        :param x: The input of shape ``(batch_size, seq_len, d_model)``.
+        :param max_doc_len: An upper bound of the longest document in ``x``, an int. Only together
+            with ``cu_doc_lens``; the whole length if not given.
+        :param cu_doc_lens: Cumulative document lengths in the input ``x``, a 1D ``torch.int32`` tensor
+            that should always have one more element than there are documents (the first element in
+            the tensor should always be ``0``).
+        :returns: The output of attention with shape ``(batch_size, seq_len, d_model)``.
+
+        The other parameters are those of :meth:`Attention.forward`.
+        """
+        inputs = read_inputs(
+            self,
+            x,
+            cu_doc_lens=cu_doc_lens,
+            max_doc_len=max_doc_len,
+            cache_leftpad=cache_leftpad,
+            rope_buffers={"pos_sin": pos_sin, "pos_cos": pos_cos, "freqs_cis": freqs_cis},
+            global_cu_doc_lens=global_cu_doc_lens,
+            shard={},
+        )
+        qkv = self._clip(self.w_qkv(x)).unflatten(-1, (3, self.n_heads, self.head_dim))
+        if self.rope is None:
+            att = self._attend(qkv, inputs)
+        else:
+            q, k, v = qkv.unbind(2)
+            q, k = self._rotate(q, k, inputs)
+            att = self._attend((q, k, v), inputs)
+        return self._output(att.flatten(2), inputs)
+
+
+def _backend_class(
+    backend: AttentionBackendName | None, use_flash: bool | None
+) -> type[AttentionBackend]:
+    if use_flash:
+        warnings.warn(
+            "use_flash is deprecated, use backend='flash_2' instead.", DeprecationWarning, stacklevel=4
+        )
+        if backend not in (None, AttentionBackendName.flash_2):
+            raise OLMoConfigurationError(
+                f"use_flash=True means backend='flash_2', but backend='{backend}' was given. Leave "
+                "use_flash out."
+            )
+        backend = AttentionBackendName.flash_2
+    if backend is None:
+        return AutoAttentionBackend
+    try:
+        return AttentionBackendName(backend).get_class()
+    except ValueError:
+        raise OLMoConfigurationError(
+            f"There is no attention backend {backend!r}. Choose one of "
+            f"{', '.join(AttentionBackendName)}."
+        ) from None

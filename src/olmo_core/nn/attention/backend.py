@@ -1,0 +1,354 @@
+"""Attention backends: a module that applies one kernel to whatever attention is asked to do.
+
+A backend adds nothing to its kernel but a name. Documents, windows, caches and packed inputs are
+folded into :class:`Segments` here, once for all of them; what a backend can't do is in
+:mod:`.capabilities`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention.base import require_cp_style
+from olmo_core.nn.attention.capabilities import (
+    CAPABILITIES,
+    Environment,
+    Feature,
+    feature_reasons,
+    installation_reasons,
+)
+from olmo_core.nn.attention.config import AttentionBackendName
+from olmo_core.nn.attention.decode import decode
+from olmo_core.nn.attention.keywords import fold
+from olmo_core.nn.attention.kv_cache import KVCacheManager
+from olmo_core.nn.attention.ops import attend
+from olmo_core.nn.attention.segments import Segments
+from olmo_core.nn.attention.selection import kernel_for, refusal
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from olmo_core.nn.attention.ring import RingContextParallelStyle, UlyssesContextParallelStyle
+    from olmo_core.nn.buffer_cache import BufferCache
+
+__all__ = [
+    "BACKENDS",
+    "AttentionBackend",
+    "AutoAttentionBackend",
+    "FlashAttention2Backend",
+    "FlashAttention3Backend",
+    "FlashAttention4Backend",
+    "TEAttentionBackend",
+    "TorchAttentionBackend",
+]
+
+
+class AttentionBackend(nn.Module, ABC):
+    """Encapsulates a backend for the scaled dot-product attention (SDPA) operation.
+
+    Attention is always causal.
+
+    :param head_dim: The dimension of a head.
+    :param n_heads: The query heads.
+    :param n_kv_heads: The key and value heads, if different.
+    :param scale: Factor of the scores; ``head_dim ** -0.5`` if not given.
+    :param dropout_p: Probability of dropping an attention weight, in training alone.
+    :param window_size: How many keys before and after its own a query sees, ``(left, right)``, as in
+        flash-attention: ``(-1, -1)`` for all before, ``(W - 1, 0)`` for a window of W keys.
+    :param cache: Unused; backends keep no buffers.
+    :param fallback: On a machine without a GPU, warn and use torch instead of raising.
+    :raises RuntimeError: If the backend can't run on this machine.
+    """
+
+    name: ClassVar[AttentionBackendName | None] = None
+
+    def __init__(
+        self,
+        *,
+        head_dim: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        window_size: tuple[int, int] = (-1, -1),
+        cache: BufferCache | None = None,
+        fallback: bool = False,
+    ):
+        super().__init__()
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if min(head_dim, n_heads, n_kv_heads) < 1 or n_heads % n_kv_heads:
+            raise OLMoConfigurationError(
+                "A backend needs positive sizes and a multiple of n_kv_heads as n_heads, got "
+                f"head_dim={head_dim}, n_heads={n_heads}, n_kv_heads={n_kv_heads}."
+            )
+        if not 0.0 <= dropout_p < 1.0:
+            raise OLMoConfigurationError(f"dropout_p must be in [0, 1), got {dropout_p}.")
+        left, right = window_size
+        if not (left >= -1 and (right == 0 or (left, right) == (-1, -1))):
+            raise OLMoConfigurationError(
+                "Attention is causal, so window_size is (-1, -1) for no window or (W - 1, 0) for a "
+                f"window of W keys, got {tuple(window_size)}."
+            )
+        self.head_dim, self.n_heads, self.n_kv_heads = head_dim, n_heads, n_kv_heads
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.dropout_p = dropout_p
+        self.window_size = (left, right)
+        self.fallback = fallback
+        if not (fallback and Environment.detect().compute_capability is None):
+            self.assert_supported()
+
+    @property
+    def window(self) -> int:
+        """How many keys a query sees, its own included; -1 for all."""
+        return self.window_size[0] + 1 if self.window_size[0] >= 0 else -1
+
+    def extra_repr(self) -> str:
+        window = "" if self.window < 0 else f", window={self.window}"
+        return f"{self.n_heads}/{self.n_kv_heads} heads x {self.head_dim}{window}"
+
+    @classmethod
+    def assert_supported(cls) -> None:
+        """Validates that this backend is supported on the current system.
+
+        :raises RuntimeError: With every reason, if it is not.
+        """
+        if cls.name is not None:
+            reasons = installation_reasons(CAPABILITIES[cls.name], Environment.detect())
+            if reasons:
+                raise RuntimeError(refusal(cls.name, reasons))
+
+    @classmethod
+    def _assert_feature(cls, feature: Feature) -> None:
+        if cls.name is not None:
+            reasons = feature_reasons(CAPABILITIES[cls.name], [feature])
+            if reasons:
+                raise RuntimeError(refusal(cls.name, reasons))
+
+    @classmethod
+    def assert_supports_swa(cls) -> None:
+        """Validates that this backend supports sliding window attention (SWA).
+
+        :raises RuntimeError: If it does not.
+        """
+        cls._assert_feature(Feature.window)
+
+    @classmethod
+    def assert_supports_ring_cp(cls) -> None:
+        """Validates that this backend supports ring context parallelism.
+
+        :raises RuntimeError: If it does not.
+        """
+        cls._assert_feature(Feature.ring_cp)
+
+    @classmethod
+    def assert_supports_ulysses_cp(cls) -> None:
+        """Validates that this backend supports ulysses context parallelism.
+
+        :raises RuntimeError: If it does not.
+        """
+        cls._assert_feature(Feature.ulysses_cp)
+
+    @classmethod
+    def assert_supports_packed_qkv(cls) -> None:
+        """Validates that this backend supports taking QKV as a single packed tensor.
+
+        :raises RuntimeError: If it does not.
+        """
+        cls._assert_feature(Feature.packed_qkv)
+
+    @classmethod
+    def assert_supports_kv_cache(cls) -> None:
+        """Validates that this backend supports KV caching.
+
+        :raises RuntimeError: If it does not.
+        """
+        cls._assert_feature(Feature.kv_cache)
+
+    def warmup_cache(self, max_seq_len: int, device: torch.device) -> None:
+        """Warmup the buffer cache. Backends keep no buffers, so there is nothing to warm up."""
+
+    def apply_cp(
+        self,
+        cp_mesh: DeviceMesh,
+        ring: RingContextParallelStyle | None = None,
+        uly: UlyssesContextParallelStyle | None = None,
+    ) -> None:
+        """Apply context parallelism if supported by the backend.
+
+        :raises ValueError: If no style is given.
+        :raises RuntimeError: If the backend does not support a given style.
+        """
+        require_cp_style(ring, uly)
+        if ring is not None:
+            self._assert_feature(Feature.ring_cp)
+        if uly is not None:
+            self._assert_feature(Feature.ulysses_cp)
+
+    def forward(
+        self,
+        qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+        cu_doc_lens: Tensor | None = None,
+        cu_doc_lens_q: Tensor | None = None,
+        cu_doc_lens_k: Tensor | None = None,
+        max_doc_len: int | None = None,
+        max_doc_len_q: int | None = None,
+        max_doc_len_k: int | None = None,
+        local_k_slice: slice | None = None,
+        kv_cache_manager: KVCacheManager | None = None,
+    ) -> Tensor:
+        """Run the attention operation.
+
+        :param qkv: Queries ``(batch, seq, n_heads, head_dim)``, keys and values ``(batch, seq_k,
+            n_kv_heads, head_dim)``; or all three packed, ``(batch, seq, 3, n_heads, head_dim)``.
+        :param cu_doc_lens: Ends of the documents in the flattened batch, int32, first element 0.
+        :param cu_doc_lens_q: Where queries and keys differ, the ends of the query segments, and
+        :param cu_doc_lens_k: those of the key segments. Each segment is causal from the bottom right.
+        :param max_doc_len: An upper bound of the longest document; ``_q`` and ``_k`` likewise.
+        :param local_k_slice: The part of the flattened keys that ``cu_doc_lens_k`` describes.
+        :param kv_cache_manager: Attend to the cached keys too, and store the new ones.
+        :returns: ``(batch, seq, n_heads, head_dim)``.
+        :raises ValueError: If inputs do not fit together.
+        :raises RuntimeError: If the backend can't serve the call; the message has every reason.
+        """
+        q, k, v = self._unpack(qkv)
+        if kv_cache_manager is not None:
+            given = (cu_doc_lens, cu_doc_lens_q, cu_doc_lens_k, max_doc_len, max_doc_len_q)
+            if any(x is not None for x in (*given, max_doc_len_k, local_k_slice)):
+                raise ValueError(
+                    "A KV cache holds one document a row, so it can't be used with cu_doc_lens or "
+                    "max_doc_len. Prefill each document as a row, padded on the left."
+                )
+            return self._cached(q, k, v, kv_cache_manager)
+        segments, k, v = fold(
+            q, k, v, self.window,
+            cu_doc_lens=cu_doc_lens, cu_doc_lens_q=cu_doc_lens_q, cu_doc_lens_k=cu_doc_lens_k,
+            max_doc_len=max_doc_len, max_doc_len_q=max_doc_len_q, max_doc_len_k=max_doc_len_k,
+            local_k_slice=local_k_slice,
+        )  # fmt: skip
+        if segments.cu_q is None:
+            return self._attend(q, k, v, segments)
+        return self._attend(q.flatten(0, 1)[None], k, v, segments).view(q.shape)
+
+    def _unpack(
+        self, qkv: Tensor | tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(qkv, Tensor):
+            if qkv.dim() != 5 or qkv.shape[2] != 3:
+                raise ValueError(
+                    "Packed qkv must have shape (batch, seq, 3, n_heads, head_dim), got "
+                    f"{tuple(qkv.shape)}."
+                )
+            q, k, v = qkv.unbind(2)
+        else:
+            q, k, v = qkv
+        sizes = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
+        for name, x, heads in zip("qkv", (q, k, v), sizes):
+            if x.dim() != 4 or x.shape[2:] != (heads, self.head_dim):
+                raise ValueError(
+                    f"{name} must have shape (batch, seq, {heads}, {self.head_dim}), got "
+                    f"{tuple(x.shape)}."
+                )
+            if not x.numel():
+                raise ValueError(f"{name} is empty: shape {tuple(x.shape)}.")
+        return q, k, v
+
+    def _kernel(self, q: Tensor, *features: Feature) -> str:
+        device = q.device.type
+        dtype = q.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        if self.window >= 0:
+            features = (*features, Feature.window)
+        name = None if self.name is None else str(self.name)
+        asked = tuple(str(f) for f in features)
+        return kernel_for(name, device, dtype, self.head_dim, asked, self.fallback)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        dropout_p = self.dropout_p if self.training else 0.0
+        features = (Feature.documents,) if segments.cu_q is not None else ()
+        if dropout_p:
+            features = (*features, Feature.dropout)
+        kernel = self._kernel(q, *features)
+        return attend(q, k, v, segments, scale=self.scale, dropout_p=dropout_p, kernel=kernel)
+
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCacheManager) -> Tensor:
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise RuntimeError(
+                "A KV cache is for inference: cached keys have no gradient. Call the model under "
+                "torch.no_grad() or torch.inference_mode(), or set kv_cache_manager = None."
+            )
+        if self.training and self.dropout_p:
+            raise RuntimeError("A KV cache is for inference: call eval(), which ends dropout.")
+        if q.shape[:2] != k.shape[:2] or q.shape[0] != cache.batch_size:
+            raise ValueError(
+                f"The KV cache was built for a batch of {cache.batch_size} and takes as many keys as "
+                f"queries, got q {tuple(q.shape)} and k {tuple(k.shape)}."
+            )
+        n = q.shape[1]
+        q = q.to(cache.dtype)
+        if n == 1 and cache.one_range:
+            cache.append(k, v)
+            cache.update_seqlen(1)
+            return decode(q, cache, scale=self.scale)
+        kernel = self._kernel(q, Feature.documents, Feature.kv_cache)
+        k, v, segments = cache.problem(k, v)
+        with torch.autocast(q.device.type, enabled=False):
+            out = attend(
+                q.flatten(0, 1)[None], k, v, segments, scale=self.scale, kernel=kernel
+            )
+        return out.view(q.shape)
+
+
+class TorchAttentionBackend(AttentionBackend):
+    """PyTorch's built-in scaled dot-product attention (SDPA) backend. Works on all devices."""
+
+    name = AttentionBackendName.torch
+
+
+class FlashAttention2Backend(AttentionBackend):
+    """FlashAttention-2, from the flash-attn package or the copy inside torch."""
+
+    name = AttentionBackendName.flash_2
+
+
+class FlashAttention3Backend(AttentionBackend):
+    """SDPA from the flash-attn 3 package."""
+
+    name = AttentionBackendName.flash_3
+
+
+class FlashAttention4Backend(AttentionBackend):
+    """SDPA from flash-attn 4 (CUTE implementation)."""
+
+    name = AttentionBackendName.flash_4
+
+
+class TEAttentionBackend(AttentionBackend):
+    """SDPA from Transformer Engine."""
+
+    name = AttentionBackendName.te
+
+
+class AutoAttentionBackend(AttentionBackend):
+    """The fastest backend for each call, chosen when the first call of its kind comes.
+
+    See :func:`olmo_core.nn.attention.selection.choose`.
+    """
+
+
+BACKENDS: Mapping[str, type[AttentionBackend]] = {
+    str(cls.name): cls
+    for cls in (
+        TorchAttentionBackend,
+        FlashAttention2Backend,
+        FlashAttention3Backend,
+        FlashAttention4Backend,
+        TEAttentionBackend,
+    )
+}

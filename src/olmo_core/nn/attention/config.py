@@ -1,0 +1,284 @@
+"""The options of attention layers, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from olmo_core.config import Config, DType, StrEnum
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
+from olmo_core.nn.layer_norm import LayerNormConfig
+from olmo_core.nn.rope import RoPEConfig
+
+if TYPE_CHECKING:
+    from olmo_core.nn.attention.backend import AttentionBackend
+    from olmo_core.nn.buffer_cache import BufferCache
+
+__all__ = [
+    "AttentionBackendName",
+    "AttentionConfig",
+    "AttentionType",
+    "GateConfig",
+    "GateGranularity",
+    "SlidingWindowAttentionConfig",
+]
+
+
+class AttentionType(StrEnum):
+    """An enumeration of the different attention implementations."""
+
+    default = "default"
+    """:class:`Attention`"""
+    fused = "fused"
+    """:class:`FusedAttention`"""
+    normalized = "normalized"
+    """:class:`NormalizedAttention`"""
+
+
+class AttentionBackendName(StrEnum):
+    """An enumeration of the different attention backends."""
+
+    torch = "torch"
+    """PyTorch's own fused attention. Works on all devices."""
+    flash_2 = "flash_2"
+    """FlashAttention-2, from the flash-attn package or torch's own copy. Ampere and newer."""
+    flash_3 = "flash_3"
+    """FlashAttention-3. Hopper only."""
+    flash_4 = "flash_4"
+    """FlashAttention-4, the CuTe implementation. Hopper and newer."""
+    te = "te"
+    """Transformer Engine. Hopper and newer."""
+
+    def get_class(self) -> type[AttentionBackend]:
+        """The backend's class."""
+        from olmo_core.nn.attention.backend import BACKENDS
+
+        return BACKENDS[self]
+
+    def build(self, **kwargs: Any) -> AttentionBackend:
+        """Build the backend; see :class:`AttentionBackend` for the arguments."""
+        return self.get_class()(**kwargs)
+
+    def assert_supported(self) -> None:
+        """:raises RuntimeError: If the backend can't run on this machine."""
+        self.get_class().assert_supported()
+
+    def assert_supports_swa(self) -> None:
+        """:raises RuntimeError: If the backend has no sliding windows."""
+        self.get_class().assert_supports_swa()
+
+    def assert_supports_ring_cp(self) -> None:
+        """:raises RuntimeError: If the backend has no ring context parallelism."""
+        self.get_class().assert_supports_ring_cp()
+
+    def assert_supports_ulysses_cp(self) -> None:
+        """:raises RuntimeError: If the backend has no Ulysses context parallelism."""
+        self.get_class().assert_supports_ulysses_cp()
+
+    def assert_supports_packed_qkv(self) -> None:
+        """:raises RuntimeError: If the backend doesn't take packed QKV."""
+        self.get_class().assert_supports_packed_qkv()
+
+    def assert_supports_kv_cache(self) -> None:
+        """:raises RuntimeError: If the backend has no KV caching."""
+        self.get_class().assert_supports_kv_cache()
+
+
+@dataclass
+class SlidingWindowAttentionConfig(Config):
+    """Which layers use sliding window attention, and with which windows."""
+
+    pattern: list[int]
+    """The window sizes, repeated to cover all layers; -1 is full attention. ``[4096, 4096, 4096, -1]``
+    makes every fourth layer a full one. A window counts keys, the query's own included."""
+    force_full_attention_on_first_layer: bool = True
+    """Whether the first layer is full whatever the pattern, which then starts at the second."""
+    force_full_attention_on_last_layer: bool = True
+    """Whether the last layer is full whatever the pattern."""
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.pattern, (list, tuple)) and len(self.pattern) > 0
+        if not good or any(
+            isinstance(w, bool) or not isinstance(w, int) or not (w == -1 or w > 0)
+            for w in self.pattern
+        ):
+            raise OLMoConfigurationError(
+                "A window pattern is a list of window sizes, each -1 (full attention) or a positive "
+                f"int, got {self.pattern!r}."
+            )
+
+    def _window(self, layer_idx: int, n_layers: int) -> int:
+        if not 0 <= layer_idx < n_layers:
+            raise ValueError(f"layer_idx must be in [0, {n_layers}), got {layer_idx}.")
+        first = self.force_full_attention_on_first_layer
+        if (first and layer_idx == 0) or (
+            self.force_full_attention_on_last_layer and layer_idx == n_layers - 1
+        ):
+            return -1
+        return self.pattern[(layer_idx - first) % len(self.pattern)]
+
+    def should_use_swa(self, layer_idx: int, n_layers: int) -> bool:
+        """Whether the layer uses sliding window attention.
+
+        :raises ValueError: If there is no such layer.
+        """
+        return self._window(layer_idx, n_layers) != -1
+
+    def get_window_size(self, layer_idx: int, n_layers: int) -> int:
+        """The window of a layer that has one.
+
+        :raises ValueError: If the layer is full, or there is no such layer.
+        """
+        window = self._window(layer_idx, n_layers)
+        if window == -1:
+            raise ValueError(
+                f"Layer {layer_idx} of {n_layers} has no window: it uses full attention. Ask "
+                "should_use_swa first."
+            )
+        return window
+
+
+class GateGranularity(StrEnum):
+    """How many gate values there are."""
+
+    headwise = "headwise"
+    """One gate value per attention head, broadcast across the head dimension."""
+    elementwise = "elementwise"
+    """One gate value per output element."""
+
+
+@dataclass
+class GateConfig(Config):
+    """A sigmoid gate on the output of attention, before the output projection.
+
+    Qiu et al., "Gated Attention for Large Language Models" (2025).
+    """
+
+    granularity: GateGranularity = GateGranularity.headwise
+    """The granularity of gating to use."""
+    full_precision: bool = True
+    """Whether to apply the gate in float32 at least, whatever the input's dtype."""
+
+    def __post_init__(self) -> None:
+        try:
+            self.granularity = GateGranularity(self.granularity)
+        except ValueError:
+            choices = ", ".join(GateGranularity)
+            raise OLMoConfigurationError(
+                f"A gate's granularity is one of {choices}, got {self.granularity!r}."
+            ) from None
+
+    def num_values(self, n_heads: int, head_dim: int) -> int:
+        """Gate values per token."""
+        return n_heads * (1 if self.granularity == GateGranularity.headwise else head_dim)
+
+
+@SequenceMixerConfig.register("attention")
+@dataclass
+class AttentionConfig(SequenceMixerConfig[SequenceMixer]):
+    """A configuration class for easily building any of the different attention modules.
+
+    See :class:`Attention`, :class:`FusedAttention` and :class:`NormalizedAttention` for the options.
+    None means the default of the class.
+    """
+
+    name: AttentionType = AttentionType.default
+    """The name of the implementation."""
+    n_heads: int = 16
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    bias: bool | None = None
+    gate: GateConfig | None = None
+    rope: RoPEConfig | None = None
+    clip_qkv: float | None = None
+    qk_norm: LayerNormConfig | None = None
+    dropout: float | None = None
+    use_flash: bool | None = None
+    backend: AttentionBackendName | None = None
+    dtype: DType = DType.float32
+    sliding_window: SlidingWindowAttentionConfig | None = None
+    use_head_qk_norm: bool | None = None
+
+    def num_params(self, d_model: int) -> int:
+        """The number of params that the attention implementation will have once built.
+
+        :param d_model: The model dimensionality.
+        """
+        from olmo_core.nn.attention.attention import AttentionShape
+
+        shape = AttentionShape.of(d_model, self.n_heads, self.n_kv_heads, self.head_dim)
+        name = AttentionType(self.name)
+        bias = name != AttentionType.normalized and self.bias is not False
+        q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+        outputs = [q, kv, kv]
+        if self.gate is not None:
+            outputs.append(self.gate.num_values(shape.n_heads, shape.head_dim))
+        params = sum(n * (d_model + bias) for n in outputs) + d_model * (q + bias)
+        if self.qk_norm is not None:
+            sizes = (shape.head_dim, shape.head_dim) if self.use_head_qk_norm else (q, kv)
+            params += sum(self.qk_norm.num_params(size) for size in sizes)
+        if name == AttentionType.normalized:
+            params += q + kv
+        return params
+
+    def build(
+        self,
+        d_model: int,
+        *,
+        layer_idx: int,
+        n_layers: int,
+        init_device: str = "cpu",
+        cache: BufferCache | None = None,
+    ) -> SequenceMixer:
+        """Build the corresponding attention module.
+
+        :param d_model: The model dimensionality.
+        :param layer_idx: The layer, which decides whether it has a window.
+        :param init_device: The device to initialize the parameters on, e.g. "cpu", "meta".
+        :raises OLMoConfigurationError: If an option is wrong, or one that the class lacks.
+        """
+        from olmo_core.nn.attention.attention import Attention, FusedAttention, NormalizedAttention
+
+        window = None
+        if self.sliding_window is not None and self.sliding_window.should_use_swa(
+            layer_idx, n_layers
+        ):
+            window = self.sliding_window.get_window_size(layer_idx, n_layers)
+        rope = self.rope
+        if rope is not None and rope.no_global_rope and window is None:
+            rope = None
+
+        options: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (
+                "n_heads", "n_kv_heads", "head_dim", "bias", "gate", "clip_qkv", "qk_norm",
+                "dropout", "use_flash", "backend", "use_head_qk_norm",
+            )
+        }  # fmt: skip
+        options |= {"rope": rope, "window_size": window}
+        options = {name: value for name, value in options.items() if value is not None}
+        match AttentionType(self.name):
+            case AttentionType.default:
+                cls: type[SequenceMixer] = Attention
+                lacks: tuple[str, ...] = ()
+            case AttentionType.fused:
+                cls = FusedAttention
+                lacks = ("n_kv_heads", "head_dim", "gate", "qk_norm", "use_flash", "use_head_qk_norm")
+            case AttentionType.normalized:
+                cls = NormalizedAttention
+                lacks = ("head_dim", "bias", "gate", "clip_qkv", "dropout", "use_head_qk_norm")
+        refused = [name for name in lacks if options.get(name)]
+        if refused:
+            raise OLMoConfigurationError(
+                f"{cls.__name__} has no option {', '.join(refused)}. Leave it out, or use "
+                f"name='{AttentionType.default}'."
+            )
+        options = {name: value for name, value in options.items() if name not in lacks}
+        return cls(
+            d_model=d_model,
+            dtype=DType(self.dtype).as_pt(),
+            init_device=init_device,
+            cache=cache,
+            **options,
+        )

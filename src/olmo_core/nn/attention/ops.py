@@ -1,0 +1,165 @@
+"""``attend``: attention over a named kernel, as one differentiable dispatcher op.
+
+An op carries its kernel by name and its lengths as tensors, so it is one node of a graph: it
+compiles without breaks, selective checkpointing can name it, and its lengths are read on the host
+only inside it. Dropout has an op of its own, tagged as seeded: recomputing it must draw again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmo_core.nn.attention.kernels import get_kernel
+from olmo_core.nn.attention.segments import Segments
+
+__all__ = ["attend"]
+
+_PROBLEM = (
+    "Tensor? cu_q, Tensor? cu_k, SymInt max_q, SymInt max_k, bool causal, SymInt window, "
+    "float scale, float dropout_p, str kernel"
+)
+_LIB = torch.library.Library("olmo_core", "FRAGMENT")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    kernel: str,
+) -> Tensor:
+    """Scaled dot-product attention, differentiable once.
+
+    Under autocast the inputs are cast to its dtype, as in torch's own attention.
+
+    :param q: ``(b, t_q, h, d)``; b is 1 where ``segments`` has lengths.
+    :param k: ``(b, t_k, g, d)``, where g divides h.
+    :param v: Like ``k``.
+    :param scale: Factor of the scores.
+    :param kernel: The name of a kernel, see :func:`get_kernel`.
+    :returns: Like ``q``, contiguous.
+    :raises ValueError: If shapes, dtypes or devices do not fit together.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check(q, k, v)
+    s = segments
+    op = torch.ops.olmo_core.attend_dropout if dropout_p else torch.ops.olmo_core.attend
+    return op(
+        q, k, v, s.cu_q, s.cu_k, s.max_q, s.max_k, s.causal, s.window, scale, dropout_p, kernel
+    )[0]
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            "Expected q (batch, queries, heads, head_dim) and k, v (batch, keys, kv heads, head_dim), "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            "q and k must agree in batch and head_dim, and the query heads must be a multiple of the "
+            f"kv heads, got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(
+            f"q, k and v must share a floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}. Cast "
+            "them, or use torch.autocast."
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must share a device, got {q.device}, {k.device}, {v.device}.")
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *segments, scale, dropout_p, kernel = problem
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return get_kernel(kernel).forward(
+        q, k, v, Segments(*segments), scale=scale, dropout_p=dropout_p
+    )
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+    b, t, h, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    rng = q.new_empty((2 if problem[-2] else 0,), dtype=torch.int64)
+    return out, q.new_empty((b, h, t), dtype=lse_dtype), rng
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng: Tensor, *problem: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *segments, scale, dropout_p, kernel = problem
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    grads = get_kernel(kernel).backward(
+        dout.contiguous(), q, k, v, out, lse, rng, Segments(*segments), scale=scale, dropout_p=dropout_p
+    )
+    dq, dk, dv = (x.contiguous() for x in grads)
+    return dq, dk, dv
+
+
+def _backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, cu_q, cu_k, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (2 + len(ctx.rest))
+    if dout is None:
+        return None, None, None, *nothing
+    q, k, v, out, lse, rng, cu_q, cu_k = ctx.saved_tensors
+    grads = torch.ops.olmo_core.attend_backward(
+        dout, q, k, v, out, lse, rng, cu_q, cu_k, *ctx.rest
+    )
+    return *grads, *nothing
+
+
+def _refuse(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "attend is differentiable once, and a second derivative was asked for. For double backward "
+        "write the attention with torch's matmul and softmax."
+    )
+
+
+def _register() -> None:
+    outputs = "(Tensor, Tensor, Tensor)"
+    seeded = (torch.Tag.nondeterministic_seeded,)
+    for name, tags in (("attend", ()), ("attend_dropout", seeded)):
+        _LIB.define(f"{name}(Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> {outputs}", tags=tags)
+        _LIB.impl(name, _forward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"olmo_core::{name}", _forward_fake, lib=_LIB)
+        torch.library.register_autograd(
+            f"olmo_core::{name}", _differentiate, setup_context=_save, lib=_LIB
+        )
+    _LIB.define(
+        "attend_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"Tensor rng, {_PROBLEM}) -> {outputs}"
+    )
+    _LIB.impl("attend_backward", _backward, "CompositeExplicitAutograd")
+    torch.library.register_fake("olmo_core::attend_backward", _backward_fake, lib=_LIB)
+    torch.library.register_autograd("olmo_core::attend_backward", _refuse, lib=_LIB)
+
+
+_register()
