@@ -1,7 +1,6 @@
 """Typed configurations: plain dataclasses that convert to dictionaries and back, exactly.
 
-``dataclass_extensions`` provides the registry of named implementations; this is the only module
-that imports it. Every mistake in a dictionary or an override raises
+Every mistake in a dictionary or an override raises
 :class:`~olmo_core.exceptions.OLMoConfigurationError` with the place, what was expected, what came,
 and the closest known name.
 """
@@ -10,19 +9,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import importlib
-import json
-import sys
-import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import dataclass_extensions
-
+from olmo_core._config_io import (
+    CLASS_KEY,
+    Registrable,
+    check_keys,
+    decode,
+    decode_dataclass,
+    encode,
+    merge,
+    parse_dotlist,
+    suggest,
+    type_hints,
+)
 from olmo_core.exceptions import OLMoConfigurationError
 
 if TYPE_CHECKING:
@@ -30,9 +33,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["CLASS_KEY", "Config", "DType", "Registrable", "StrEnum"]
-
-CLASS_KEY = "_CLASS_"
-"""The key that holds a configuration's dotted class path in :meth:`Config.as_config_dict`."""
 
 
 class StrEnum(str, Enum):
@@ -44,7 +44,7 @@ class StrEnum(str, Enum):
     @classmethod
     def _missing_(cls, value: object) -> Any:
         choices = [str(member.value) for member in cls]
-        raise ValueError(f"{value!r} is not a {cls.__name__}{_hint(str(value), choices)}")
+        raise ValueError(f"{value!r} is not a {cls.__name__}{suggest(str(value), choices)}")
 
 
 class DType(StrEnum):
@@ -75,19 +75,6 @@ class DType(StrEnum):
         return dtype
 
 
-class Registrable(dataclass_extensions.Registrable):
-    """A base class whose registered subclasses can be chosen by name.
-
-    The name travels as the key ``type`` of a dictionary, and as the keyword-only argument ``type``.
-    """
-
-    def __new__(cls, *args: Any, type: str | None = None, **kwargs: Any) -> Registrable:
-        try:
-            return typing.cast(Registrable, super().__new__(cls, *args, type=type, **kwargs))
-        except KeyError:
-            raise _unknown_type(cls, type, cls.__name__) from None
-
-
 @dataclasses.dataclass
 class Config:
     """Base class of all configurations.
@@ -106,12 +93,12 @@ class Config:
             # Only these two need the type hints, which are slow to resolve.
             if value.__class__ is str or value.__class__ is tuple:
                 where = f"{self.__class__.__name__}.{field.name}"
-                value = _decode(value, _hints(self.__class__)[field.name], where)
+                value = decode(value, type_hints(self.__class__)[field.name], where)
                 object.__setattr__(self, field.name, value)
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-compatible dictionary without class paths; see :meth:`as_config_dict`."""
-        return typing.cast("dict[str, Any]", _encode(self, class_paths=False))
+        return typing.cast("dict[str, Any]", encode(self, class_paths=False))
 
     def as_config_dict(self) -> dict[str, Any]:
         """A JSON-compatible dictionary from which :meth:`from_dict` restores an equal object.
@@ -119,7 +106,7 @@ class Config:
         Each configuration in it carries its dotted class path as ``_CLASS_`` and, if it is
         registered under a name, that name as ``type``.
         """
-        return typing.cast("dict[str, Any]", _encode(self, class_paths=True))
+        return typing.cast("dict[str, Any]", encode(self, class_paths=True))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
@@ -134,7 +121,7 @@ class Config:
         :raises OLMoConfigurationError: For an unknown key, type or class, a missing field, or a
             value of the wrong type.
         """
-        config = _decode_dataclass(data, cls, cls.__name__)
+        config = decode_dataclass(data, cls, cls.__name__)
         return config.merge(overrides) if overrides else config  # type: ignore[no-any-return]
 
     def merge(self, dotlist: Sequence[str]) -> Self:
@@ -149,366 +136,19 @@ class Config:
         :raises OLMoConfigurationError: For an override without ``=``, an unknown key, or a value
             that does not fit.
         """
-        tree: dict[str, Any] = {}
-        for override in [dotlist] if isinstance(dotlist, str) else dotlist:
-            key, equals, text = override.removeprefix("--").partition("=")
-            if not equals or not key.strip():
-                raise OLMoConfigurationError(
-                    f"override {override!r}: expected 'field=value' or 'outer.inner=value'"
-                )
-            *parents, leaf = key.strip().split(".")
-            node = tree
-            for parent in parents:
-                if not isinstance(node.get(parent), dict):
-                    node[parent] = {}
-                node = node[parent]
-            node[leaf] = _Text(text.strip())
-        return typing.cast("Self", _merge(self, tree, self.__class__.__name__))
+        config: Any = self
+        for tree in parse_dotlist([dotlist] if isinstance(dotlist, str) else dotlist):
+            config = merge(config, tree, self.__class__.__name__)
+        return typing.cast("Self", config)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with fields replaced by values.
 
         :raises OLMoConfigurationError: For an unknown field.
         """
-        _check_keys(changes, self.__class__, self.__class__.__name__)
+        check_keys(changes, self.__class__, self.__class__.__name__)
         return dataclasses.replace(self, **changes)
 
     def copy(self) -> Self:
         """A deep copy."""
         return copy.deepcopy(self)
-
-
-class _Text(str):
-    """A value as it stood in a dotlist, not yet read as any type."""
-
-
-class _MismatchError(Exception):
-    """A value that is not of the expected type; the caller knows the place."""
-
-
-def _hint(name: str, choices: Iterable[str]) -> str:
-    import difflib
-
-    choices = list(choices)
-    close = difflib.get_close_matches(name, choices, n=1)
-    question = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{question} The choices are: {', '.join(choices) or '(none)'}"
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _fields(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls) if f.init]
-
-
-def _check_keys(keys: Iterable[str], cls: type, where: str) -> None:
-    known = _fields(cls)
-    for key in keys:
-        if key not in known:
-            raise OLMoConfigurationError(
-                f"{where}: {cls.__name__} has no field {key!r}{_hint(str(key), known)}"
-            )
-
-
-def _unknown_type(cls: type[Registrable], name: object, where: str) -> OLMoConfigurationError:
-    choices = cls.get_registered_names() or [n for n in [cls.registered_name] if n]
-    what = "type is missing" if name is None else f"unknown type {name!r}"
-    return OLMoConfigurationError(f"{where}: {what}{_hint(str(name), choices)}")
-
-
-# --- objects to dictionaries ---------------------------------------------------------------------
-
-
-def _class_path(cls: type) -> str:
-    """The shortest path at which ``cls`` is found: a re-export outlives the file behind it."""
-    module = cls.__module__
-    while (parent := module.rpartition(".")[0]) and (
-        getattr(sys.modules.get(parent), cls.__name__, None) is cls
-    ):
-        module = parent
-    return f"{module}.{cls.__qualname__}"
-
-
-def _encode(value: Any, class_paths: bool) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        cls = value.__class__
-        out = {name: _encode(getattr(value, name), class_paths) for name in _fields(cls)}
-        if isinstance(value, Registrable) and cls.registered_name is not None:
-            out = {"type": cls.registered_name, **out}
-        return {CLASS_KEY: _class_path(cls), **out} if class_paths else out
-    if isinstance(value, Mapping):
-        return {_encode(k, False): _encode(v, class_paths) for k, v in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(_encode(v, class_paths) for v in value)
-    if isinstance(value, (list, tuple)):
-        return [_encode(v, class_paths) for v in value]
-    try:
-        return dataclass_extensions.encode(value)
-    except TypeError as error:
-        raise OLMoConfigurationError(f"cannot write {value!r} to a dictionary: {error}") from None
-
-
-# --- dictionaries and text to objects ------------------------------------------------------------
-
-
-def _find_class(path: object, where: str) -> type:
-    module_name, _, name = str(path).rpartition(".")
-    module = sys.modules.get(module_name)
-    if module is None and module_name.partition(".")[0] == __name__.partition(".")[0]:
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:
-            module = None
-    cls = getattr(module, name, None)
-    if not isinstance(cls, type):
-        raise OLMoConfigurationError(
-            f"{where}: {CLASS_KEY} names {path!r}, which is not a class of a loaded module; "
-            "import the module that defines it first"
-        )
-    return cls
-
-
-def _choose_class(data: Mapping[str, Any], cls: type, where: str) -> tuple[type, dict[str, Any]]:
-    """The class that ``data`` describes, and the fields in it."""
-    rest = dict(data)
-    if (path := rest.pop(CLASS_KEY, None)) is not None:
-        found = _find_class(path, where)
-        if not issubclass(found, cls):
-            raise OLMoConfigurationError(
-                f"{where}: expected a {cls.__name__}, but {CLASS_KEY} names {path!r}"
-            )
-        cls = found
-    if issubclass(cls, Registrable):
-        name = rest.pop("type", None)
-        name = cls._default_type if name is None else str(name)
-        if name is not None and name != cls.registered_name:
-            if name not in cls.get_registered_names():
-                raise _unknown_type(cls, name, where)
-            cls = cls.get_registered_class(name)
-        elif name is None and cls.registered_name is None and cls.get_registered_names():
-            raise _unknown_type(cls, None, where)
-    return cls, rest
-
-
-def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.init
-        and f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise OLMoConfigurationError(f"{where}: {cls.__name__} needs {', '.join(missing)}")
-    return cls(**values)
-
-
-def _decode_dataclass(data: object, cls: type, where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise OLMoConfigurationError(
-            f"{where}: expected a dictionary of {cls.__name__}'s fields, got {data!r}"
-        )
-    cls, rest = _choose_class(data, cls, where)
-    _check_keys(rest, cls, where)
-    hints = _hints(cls)
-    values = {k: _decode(v, hints[k], f"{where}.{k}") for k, v in rest.items()}
-    return _construct(cls, values, where)
-
-
-def _merge(config: Any, tree: Mapping[str, Any], where: str) -> Any:
-    cls = type(config)
-    if isinstance(config, Registrable) and "type" in tree:
-        if str(tree["type"]) != cls.registered_name:
-            base: type = cls.registered_base or cls
-            return _merge_new(base, tree, where)
-        tree = {k: v for k, v in tree.items() if k != "type"}
-    _check_keys(tree, cls, where)
-    hints = _hints(cls)
-    changes = {}
-    for key, value in tree.items():
-        here = f"{where}.{key}"
-        if isinstance(value, _Text):
-            changes[key] = _decode(value, hints[key], here)
-        else:
-            changes[key] = _merge_inside(getattr(config, key), value, hints[key], here)
-    return dataclasses.replace(config, **changes)
-
-
-def _merge_new(cls: type, tree: Mapping[str, Any], where: str) -> Any:
-    """A new ``cls`` from a tree whose leaves are text."""
-    cls, rest = _choose_class(tree, cls, where)
-    _check_keys(rest, cls, where)
-    hints = _hints(cls)
-    values = {
-        k: _decode(v, hints[k], f"{where}.{k}")
-        if isinstance(v, _Text)
-        else _merge_inside(None, v, hints[k], f"{where}.{k}")
-        for k, v in rest.items()
-    }
-    return _construct(cls, values, where)
-
-
-def _merge_inside(current: Any, tree: dict[str, Any], hint: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(current):
-        return _merge(current, tree, where)
-    if isinstance(current, list):
-        items = list(current)
-        for key, value in tree.items():
-            if not key.removeprefix("-").isdigit() or not -len(items) <= int(key) < len(items):
-                raise OLMoConfigurationError(
-                    f"{where}: expected an index below {len(items)}, got {key!r}"
-                )
-            item_hint = (*typing.get_args(hint), Any)[0]
-            items[int(key)] = (
-                _decode(value, item_hint, f"{where}.{key}")
-                if isinstance(value, _Text)
-                else _merge_inside(items[int(key)], value, item_hint, f"{where}.{key}")
-            )
-        return items
-    classes = [t for t in _options(hint) if dataclasses.is_dataclass(t)]
-    if len(classes) != 1:
-        raise OLMoConfigurationError(
-            f"{where}: holds {current!r}, which has no field {next(iter(tree))!r}; "
-            f"set {where.rpartition('.')[2]} as a whole ({_name(hint)})"
-        )
-    return _merge_new(typing.cast(type, classes[0]), tree, where)
-
-
-def _options(hint: Any) -> list[Any]:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [option for arg in typing.get_args(hint) for option in _options(arg)]
-    return [hint]
-
-
-def _name(hint: Any) -> str:
-    names = []
-    for option in _options(hint):
-        if option is type(None):
-            names.append("null")
-        elif isinstance(option, type) and issubclass(option, Enum):
-            names.append(f"{option.__name__} ({', '.join(str(m.value) for m in option)})")
-        elif isinstance(option, type) and typing.get_origin(option) is None:
-            names.append(option.__name__)
-        else:
-            names.append(str(option).replace("typing.", ""))
-    return " or ".join(names)
-
-
-def _decode(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as the type ``hint``; text in a union becomes the first type that can read it."""
-    options = _options(hint)
-    # null and strings last to first: every text is a string, and "null" should mean None.
-    for option in sorted(options, key=lambda t: (t is not type(None), t is str)):
-        try:
-            return _convert(value, option, where)
-        except _MismatchError:
-            continue
-    what = str(value) if isinstance(value, _Text) else value
-    raise OLMoConfigurationError(f"{where}: expected {_name(hint)}, got {what!r}")
-
-
-def _convert(value: Any, t: Any, where: str) -> Any:
-    if t is Any:
-        return str(value) if isinstance(value, _Text) else value
-    origin, args = typing.get_origin(t), typing.get_args(t)
-    if isinstance(value, _Text):
-        value = _read(value, origin or t)
-    if origin is typing.Literal:
-        matches = [a for a in args if a == value or (isinstance(value, str) and str(a) == value)]
-        if matches:
-            return matches[0]
-    elif origin in (list, tuple, set, frozenset, Sequence) or t in (list, tuple, set):
-        return _convert_items(value, origin or t, args, where)
-    elif origin in (dict, Mapping) or t is dict:
-        if isinstance(value, Mapping):
-            k, v = args or (Any, Any)
-            return {
-                _decode(_Text(key) if isinstance(key, str) else key, k, where): _decode(
-                    item, v, f"{where}.{key}"
-                )
-                for key, item in value.items()
-            }
-    elif dataclasses.is_dataclass(t):
-        if isinstance(value, t):  # type: ignore[arg-type]
-            return value
-        if isinstance(value, Mapping):
-            return _decode_dataclass(value, typing.cast(type, t), where)
-    elif isinstance(t, type) and issubclass(t, Enum):
-        matches = [m for m in t if m is value or m.value == value]
-        if matches:
-            return matches[0]
-    elif t is bool or t is type(None):
-        if isinstance(value, t):
-            return value
-    elif t is int or t is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and (t is float or value == value // 1):
-            return t(value)
-    elif t is str:
-        if isinstance(value, str):
-            return value
-    elif isinstance(t, type):
-        if isinstance(value, t):
-            return value
-        if issubclass(t, Path) and isinstance(value, str):
-            return t(value)
-    raise _MismatchError
-
-
-def _convert_items(value: Any, origin: Any, args: tuple[Any, ...], where: str) -> Any:
-    if not isinstance(value, (list, tuple, set, frozenset)):
-        raise _MismatchError
-    cls = tuple if origin is Sequence else origin
-    if cls is not tuple or len(args) != 2 or args[1] is not Ellipsis:
-        fixed = cls is tuple and args and origin is tuple
-        if fixed and len(args) != len(value):
-            raise _MismatchError
-        hints = list(args) if fixed else [(*args, Any)[0]] * len(value)
-    else:
-        hints = [args[0]] * len(value)
-    return cls(
-        _decode(item, hint, f"{where}.{i}")
-        for i, (item, hint) in enumerate(zip(value, hints, strict=True))
-    )
-
-
-def _read(text: _Text, t: Any) -> Any:
-    """Read a dotlist's text as a value that may become a ``t``."""
-    try:
-        if t is type(None) and text.lower() in ("null", "none", "~"):
-            return None
-        if t is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if t is int:
-            return int(text) if text.lstrip("+-").replace("_", "").isdigit() else float(text)
-        if t is float:
-            return float(text)
-        if t is str and text[:1] == text[-1:] == '"':
-            return json.loads(text)
-        if t in (dict, Mapping) or dataclasses.is_dataclass(t):
-            return json.loads(text)
-    except ValueError:
-        raise _MismatchError from None
-    if t in (list, tuple, set, frozenset, Sequence):
-        if text[:1] + text[-1:] not in ("[]", "()"):
-            raise _MismatchError
-        return _split(text[1:-1])
-    if t is type(None):
-        raise _MismatchError
-    return str(text)
-
-
-def _split(text: str) -> list[_Text]:
-    """Split at the commas outside brackets."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "[({") - (char in "])}")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [_Text(part.strip()) for part in parts if part.strip()]

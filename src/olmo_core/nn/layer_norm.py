@@ -140,11 +140,12 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.full_precision = full_precision
 
-        def parameter(present: bool) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(size, dtype=dtype, device=init_device)) if present else None
-
-        self.register_parameter("weight", parameter(elementwise_affine))
-        self.register_parameter("bias", parameter(elementwise_affine and bias))
+        for name, present in (
+            ("weight", elementwise_affine),
+            ("bias", elementwise_affine and bias),
+        ):
+            empty = torch.empty(size, dtype=dtype, device=init_device) if present else None
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -167,6 +168,7 @@ class LayerNorm(nn.Module):
         :param x: (..., size), floating-point.
         :returns: (..., size) in ``x``'s dtype.
         :raises ValueError: If the last dimension is not ``size``.
+        :raises TypeError: If ``x`` is not floating-point.
         """
         y = self._prepare(x)
         y = F.layer_norm(
@@ -176,6 +178,8 @@ class LayerNorm(nn.Module):
 
     def _prepare(self, x: Tensor) -> Tensor:
         """``x`` in the dtype to compute in."""
+        if not x.is_floating_point():
+            raise TypeError(f"{type(self).__name__} expected floating-point inputs, got {x.dtype}")
         if x.shape[-1] != self.size:
             raise ValueError(
                 f"{type(self).__name__} expected a last dimension of {self.size}, "

@@ -44,9 +44,7 @@ class RoPEScalingConfig(Config, Registrable):
         """The factor of the rotated queries and keys, each; logits change by its square."""
         factor = float(getattr(self, "attention_rescale_factor", 1.0))
         if not factor > 0:
-            raise OLMoConfigurationError(
-                f"attention_rescale_factor must be positive, got {factor}"
-            )
+            raise OLMoConfigurationError(f"attention_rescale_factor must be positive, got {factor}")
         return factor
 
 
@@ -113,7 +111,7 @@ class StepwiseRoPEScalingConfig(RoPEScalingConfig):
     low_freq_proportion: float = 0.0
     """How far below the old context, as a part of it, wavelengths still count as long: [0, 1)."""
     high_freq_proportion: float = 0.25
-    """Wavelengths below this part of the old context are kept; less than 1 - low_freq_proportion."""
+    """Wavelengths below this part of the old context are kept: (0, 1 - low_freq_proportion)."""
     old_context_len: int = 8192
     """The context that the model was trained with, in tokens."""
     attention_rescale_factor: float = 1.0
