@@ -7,7 +7,6 @@ value, which errors name.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import json
 import sys
@@ -56,9 +55,13 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     return f"{question} The choices are: {', '.join(choices) or '(none)'}"
 
 
-@functools.cache
+_TYPE_HINTS: dict[type, dict[str, Any]] = {}
+
+
 def type_hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    if cls not in _TYPE_HINTS:
+        _TYPE_HINTS[cls] = typing.get_type_hints(cls)
+    return _TYPE_HINTS[cls]
 
 
 def _fields(cls: type) -> list[str]:
@@ -92,10 +95,11 @@ def _class_path(cls: type) -> str:
 
 def encode(value: Any, class_paths: bool) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        cls = value.__class__
-        out = {name: encode(getattr(value, name), class_paths) for name in _fields(cls)}
-        if isinstance(value, Registrable) and cls.registered_name is not None:
-            out = {"type": cls.registered_name, **out}
+        cls: type = value.__class__
+        out = {field: encode(getattr(value, field), class_paths) for field in _fields(cls)}
+        name = getattr(cls, "registered_name", None)
+        if isinstance(value, Registrable) and name is not None:
+            out = {"type": name, **out}
         return {CLASS_KEY: _class_path(cls), **out} if class_paths else out
     if isinstance(value, Mapping):
         return {encode(k, False): encode(v, class_paths) for k, v in value.items()}

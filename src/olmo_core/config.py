@@ -122,7 +122,7 @@ class Config:
             value of the wrong type.
         """
         config = decode_dataclass(data, cls, cls.__name__)
-        return config.merge(overrides) if overrides else config  # type: ignore[no-any-return]
+        return config.merge(overrides) if overrides else config
 
     def merge(self, dotlist: Sequence[str]) -> Self:
         """A copy with fields replaced by ``"a.b=value"`` strings.

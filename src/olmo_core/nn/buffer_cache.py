@@ -21,7 +21,7 @@ class BufferCache(MutableMapping[Hashable, torch.Tensor]):
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[Hashable, torch.Tensor] = {}
+        self._buffers: dict[tuple[tuple[str, ...], Hashable], torch.Tensor] = {}
         self._prefix: tuple[str, ...] = ()
 
     def with_namespace(self, name: str) -> BufferCache:
@@ -45,7 +45,7 @@ class BufferCache(MutableMapping[Hashable, torch.Tensor]):
 
     def __iter__(self) -> Iterator[Hashable]:
         # A copy, so that another module may add a buffer during the iteration.
-        return (key for prefix, key in list(self._buffers) if prefix == self._prefix)  # type: ignore[misc]
+        return iter([key for prefix, key in list(self._buffers) if prefix == self._prefix])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -7,6 +7,8 @@ bfloat16 model, a sharded one and one that was built on ``meta`` start at the sa
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -52,13 +54,13 @@ class InitMethod(StrEnum):
                 f"block_idx must lie in [0, num_blocks={num_blocks}), got {block_idx}"
             )
         if self == InitMethod.fan_in:
-            return fan_in**-0.5
+            return 1 / math.sqrt(fan_in)
         if self == InitMethod.normalized:
-            std = d_model**-0.5
+            std = 1 / math.sqrt(d_model)
         if not output or self == InitMethod.normal:
             return std
         depth = block_idx + 1 if self == InitMethod.llama_depth else num_blocks
-        return std / (2 * depth) ** 0.5
+        return std / math.sqrt(2 * depth)
 
     @torch.no_grad()
     def init_linear_(

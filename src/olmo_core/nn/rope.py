@@ -47,7 +47,7 @@ __all__ = [
     "rotate_pairs",
 ]
 
-_MIN_ROWS = 256
+_MIN_ROWS = 2048
 """The smallest table. Tables double, so that growing inputs build few of them."""
 
 
@@ -184,11 +184,14 @@ class RotaryEmbeddingBase(nn.Module):
             are not read on the host.
         :returns: Rotated copies of q and k, in their dtypes.
         :raises ValueError: For shapes that do not fit, or options that exclude each other.
-        :raises TypeError: For positions that are not integers.
+        :raises TypeError: For positions that are not integers, or q and k that are not
+            floating-point.
         :raises OLMoConfigurationError: For buffers in lower precision than asked for.
         """
         self._check_inputs(q, k)
-        dtype = compute_dtype(q.dtype) if self.full_precision else q.dtype
+        dtype = torch.promote_types(q.dtype, k.dtype)
+        if self.full_precision:
+            dtype = compute_dtype(dtype)
         if pos_sin is not None or pos_cos is not None or freqs_cis is not None:
             if positions is not None or max_position is not None:
                 raise ValueError(
@@ -197,32 +200,59 @@ class RotaryEmbeddingBase(nn.Module):
                 )
             cos, sin = self._check_buffers(q, dtype, pos_sin, pos_cos, freqs_cis)
         else:
-            cos, sin = self._look_up(q, positions, max_position)
+            cos, sin = self._look_up(q, dtype, positions, max_position)
         cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
         return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
 
     def get_buffers(
-        self, max_seq_len: int, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        max_seq_len: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
     ) -> RoPEBuffers:
-        """The rotations of positions 0 to ``max_seq_len - 1``.
+        """The rotations of positions 0 to ``max_seq_len - 1``, to be sharded like the sequence.
 
         :param max_seq_len: N.
         :param device: Where they shall lie.
         :param dtype: float32, or float64 for float64 queries.
         """
-        cos, sin = self._table(max_seq_len, device, dtype)[:max_seq_len].chunk(2, dim=-1)
+        sin, cos = self.get_table(max_seq_len, device, dtype)
+        sin, cos = sin.narrow(0, 0, max_seq_len), cos.narrow(0, 0, max_seq_len)
         if self.interleaved:
             return RoPEBuffers(freqs_cis=torch.complex(cos, sin))
         return RoPEBuffers(pos_sin=torch.cat((sin, sin), -1), pos_cos=torch.cat((cos, cos), -1))
 
+    def get_table(
+        self,
+        max_seq_len: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        """The cached table that ``forward`` reads, for kernels that rotate by themselves.
+
+        Under ``torch.compile`` it is a constant of the graph.
+
+        :param max_seq_len: How many rows are needed.
+        :param device: Of the queries.
+        :param dtype: float32, or float64 for float64 queries.
+        :returns: Sines and cosines, each (N, R / 2), N >= ``max_seq_len``, views with row stride R.
+        """
+        cos, sin = self._table(max_seq_len, torch.device(device), dtype).chunk(2, dim=-1)
+        return sin, cos
+
     def warmup_cache(
-        self, max_seq_len: int, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        max_seq_len: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Build what ``forward`` needs for up to ``max_seq_len`` positions.
 
+        :param max_seq_len: The longest sequence, or the greatest position plus one.
+        :param device: Of the queries.
         :param dtype: float64 for float64 queries; float32 serves every other dtype.
         """
-        self._table(max_seq_len, device, dtype)
+        self.get_table(max_seq_len, device, dtype)
 
     def _check_inputs(self, q: Tensor, k: Tensor) -> None:
         if q.dim() != 4 or k.dim() != 4 or q.shape[-1] != self.head_dim:
@@ -235,6 +265,8 @@ class RotaryEmbeddingBase(nn.Module):
                 "RoPE expected q and k of the same batch size, length and head_dim "
                 f"{self.head_dim}, got {tuple(q.shape)} and {tuple(k.shape)}"
             )
+        if not q.is_floating_point() or not k.is_floating_point():
+            raise TypeError(f"RoPE expected floating-point q and k, got {q.dtype} and {k.dtype}")
 
     def _check_buffers(
         self,
@@ -245,23 +277,28 @@ class RotaryEmbeddingBase(nn.Module):
         freqs_cis: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The given buffers as cosines and sines that broadcast over (T, R) or (T, R / 2)."""
+        width = self.rotary_dim
         if self.interleaved:
             if freqs_cis is None or pos_sin is not None or pos_cos is not None:
                 raise ValueError("complex RoPE takes freqs_cis, neither pos_sin nor pos_cos")
-            expected, buffers = (q.shape[1], self.rotary_dim // 2), (freqs_cis.real, freqs_cis.imag)
+            if not freqs_cis.is_complex():
+                raise TypeError(f"freqs_cis must be complex, got {freqs_cis.dtype}")
+            buffers, width = (freqs_cis.real, freqs_cis.imag), width // 2
         else:
             if pos_sin is None or pos_cos is None or freqs_cis is not None:
                 raise ValueError(
                     f"{type(self).__name__} takes pos_sin and pos_cos together, not freqs_cis"
                 )
-            expected, buffers = (q.shape[1], self.rotary_dim), (pos_cos, pos_sin)
+            buffers = (pos_cos, pos_sin)
         for buffer in buffers:
-            if buffer.shape != expected:
+            if buffer.shape != (q.shape[1], width):
                 raise ValueError(
-                    f"RoPE buffers must hold one row for each of the input's {q.shape[1]} "
-                    f"positions, shape {tuple(expected)}; got {tuple(buffer.shape)}"
+                    f"RoPE buffers must hold a row for each of the input's {q.shape[1]} positions, "
+                    f"shape ({q.shape[1]}, {width}), got {tuple(buffer.shape)}"
                 )
-            if torch.finfo(buffer.dtype).bits < torch.finfo(dtype).bits:
+            if buffer.device != q.device:
+                raise ValueError(f"RoPE buffers are on {buffer.device}, the queries on {q.device}")
+            if torch.promote_types(buffer.dtype, dtype) != buffer.dtype:
                 raise OLMoConfigurationError(
                     f"RoPE is to be computed in {dtype}, but got a table in {buffer.dtype}, whose "
                     "angles are too coarse. If FSDP cast it, set cast_forward_inputs=False; "
@@ -271,27 +308,39 @@ class RotaryEmbeddingBase(nn.Module):
         return buffers
 
     def _look_up(
-        self, q: Tensor, positions: Tensor | None, max_position: int | None
+        self, q: Tensor, dtype: torch.dtype, positions: Tensor | None, max_position: int | None
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (T, R / 2) or (B, T, R / 2), from the table."""
         batch, length = q.shape[:2]
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(dtype)
         if positions is None:
             if max_position is not None:
-                raise ValueError("max_position has a meaning only with positions")
+                raise ValueError("max_position has a meaning only together with positions")
             rows = self._table(length, q.device, dtype).narrow(0, 0, length)
         else:
             if positions.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"positions must be int32 or int64, got {positions.dtype}")
-            if max_position is None:
-                raise ValueError("positions need max_position, an int greater than all of them")
+            if not isinstance(max_position, (int, torch.SymInt)):
+                raise TypeError(
+                    "positions need max_position, an int greater than all of them, "
+                    f"got {max_position!r}"
+                )
             if positions.shape != (length,) and positions.shape != (batch, length):
                 raise ValueError(
                     f"positions must be of shape ({length},) or ({batch}, {length}), "
                     f"got {tuple(positions.shape)}"
                 )
-            # Unlike indexing, embedding refuses negative positions.
-            rows = torch.embedding(self._table(max_position, q.device, dtype), positions)
+            if positions.device != q.device:
+                raise ValueError(f"positions are on {positions.device}, the queries on {q.device}")
+            table = self._table(max_position, q.device, dtype)
+            try:
+                rows = torch.embedding(
+                    table, positions
+                )  # unlike indexing, it refuses negative ones
+            except IndexError as error:
+                raise ValueError(
+                    f"positions must lie in [0, max_position={max_position})"
+                ) from error
         cos, sin = rows.chunk(2, dim=-1)
         return cos, sin
 
@@ -310,7 +359,9 @@ class RotaryEmbeddingBase(nn.Module):
 
     def _table(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A table of at least ``length`` rows, (N, R): cosines, then sines."""
-        # Under torch.compile ``length`` may be symbolic; this compares it once and keeps it so.
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        # Under torch.compile ``length`` may be symbolic, and this is its only comparison.
         rows = self._num_rows(self._table_key, device, dtype)
         while rows < length:
             rows *= 2
@@ -327,7 +378,8 @@ class RotaryEmbeddingBase(nn.Module):
         table = self._cache.get(cache_key)
         if table is None or table.shape[0] < rows:
             table = self._build_table(rows, device, dtype)
-            self._cache[cache_key] = table
+            if type(table) is Tensor:  # not one that a tracer or a fake mode made
+                self._cache[cache_key] = table
         return table
 
     def _build_table(self, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
