@@ -1,0 +1,105 @@
+"""``olmo-core generate``."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from olmo_core.exceptions import OLMoConfigurationError
+
+if TYPE_CHECKING:
+    from olmo_core.nn.transformer import Transformer
+
+
+def command(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROMPT]...",
+            help="Text to continue; several are continued together; '-' reads standard input.",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", "-c", help="A run's folder, or one step-* folder in it.")
+    ] = Path("runs/tiny"),
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", help="Most tokens (bytes) of each continuation.")
+    ] = 500,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")
+    ] = 0.8,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")] = 0,
+    cache: Annotated[
+        bool,
+        typer.Option("--cache/--no-cache", help="--no-cache runs the whole text for each token."),
+    ] = True,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Default: CUDA if there is a device, else the CPU."),
+    ] = None,
+) -> None:
+    """Continue text with a trained model; a single continuation is printed as it comes."""
+    from olmo_core.data import EOD, decode, encode
+    from olmo_core.nn.transformer import generate
+
+    texts = [sys.stdin.read() if text == "-" else text for text in prompts or [""]]
+    model = _load(checkpoint, device)
+    try:
+        steps = generate(
+            model,
+            [encode(text) for text in texts],
+            max_new_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            end_token=EOD,
+            use_cache=cache,
+        )
+    except ValueError as error:
+        raise OLMoConfigurationError(str(error)) from error
+
+    if len(texts) == 1:
+        # A character's bytes come one by one: they are printed once they are complete.
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        _print(texts[0])
+        for (token,) in steps:
+            if token is not None and token != EOD:
+                _print(decoder.decode(bytes([token])))
+        _print(decoder.decode(b"", final=True) + "\n")
+        return
+    rows: list[list[int]] = [[] for _ in texts]
+    for step in steps:
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
+                row.append(token)
+    for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        _print(f"--- {i + 1} ---\n{text}{decode(row)}\n")
+
+
+def _load(path: Path, device: str | None) -> Transformer:
+    import torch
+
+    from olmo_core.train.checkpoint import find_checkpoint
+    from olmo_core.train.config import TrainConfig
+    from olmo_core.train.trainer import get_device
+
+    where = get_device(device)
+    found, problems = find_checkpoint(path)
+    for problem in problems:
+        print(f"{problem}; using {found.folder.name}", file=sys.stderr)
+    with torch.device("meta"):
+        model = TrainConfig.from_dict(found.config).model.build(init_device="meta")
+    model.load_state_dict(found.model(), assign=True)
+    return model.to(where).eval()
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

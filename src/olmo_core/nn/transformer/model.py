@@ -1,0 +1,316 @@
+"""The language model.
+
+B: batch, T: sequence length, d: width of the residual stream (``d_model``), V: vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmo_core.nn.attention.base import SequenceMixer
+from olmo_core.nn.buffer_cache import BufferCache
+from olmo_core.nn.functional import compute_dtype, l2_normalize
+from olmo_core.nn.init import trunc_normal_
+from olmo_core.nn.layer_norm import LayerNorm
+from olmo_core.nn.transformer.block import NormalizedTransformerBlock, TransformerBlock
+from olmo_core.nn.transformer.config import TransformerConfig
+
+
+class LMHead(nn.Module):
+    """Final norm, output matrix, and the loss.
+
+    In an nGPT there is no norm, and the logits, cosines, are scaled by a learned factor for each
+    token, ``sz`` (arXiv:2410.01131, equation 3): it starts at 1 and is stored at the scale
+    d^-1/2.
+    """
+
+    def __init__(self, config: TransformerConfig, init_device: str) -> None:
+        super().__init__()
+        dtype = config.dtype.as_pt()
+        self.chunk_size = config.loss_chunk_size
+        self.sz_scale = config.d_model**-0.5
+        self.norm: LayerNorm | None = None
+        self.sz: nn.Parameter | None = None
+        if config.is_normalized:
+            self.sz = nn.Parameter(torch.empty(config.vocab_size, dtype=dtype, device=init_device))
+        else:
+            self.norm = config.layer_norm.replace(dtype=config.dtype).build(
+                config.d_model, init_device=init_device
+            )
+        self.w_out: nn.Linear | None = None
+        if not config.tie_embeddings:
+            self.w_out = nn.Linear(
+                config.d_model, config.vocab_size, bias=False, dtype=dtype, device=init_device
+            )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set all but the matrix to where it starts."""
+        if self.sz is not None:
+            self.sz.fill_(self.sz_scale)
+        if self.norm is not None:
+            self.norm.reset_parameters()
+
+    def forward(self, x: Tensor, embeddings: Tensor) -> Tensor:
+        """Logits: (..., d) -> (..., V). ``embeddings`` (V, d) serve if there is no own matrix."""
+        if self.norm is not None:
+            x = self.norm(x)
+        logits = F.linear(x, embeddings if self.w_out is None else self.w_out.weight)
+        if self.sz is not None:
+            logits = logits * (self.sz / self.sz_scale)
+        return logits
+
+    def loss(self, x: Tensor, embeddings: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        """The summed cross-entropy in float32 (float64 for float64 inputs).
+
+        :param x: (B, T, d).
+        :param labels: (B, T) int64.
+        """
+        x, labels = x.flatten(0, 1), labels.flatten()
+        if self.chunk_size is None or self.chunk_size >= x.shape[0]:
+            return self._loss(x, embeddings, labels, ignore_index)
+        from torch.utils.checkpoint import checkpoint
+
+        chunks = zip(x.split(self.chunk_size), labels.split(self.chunk_size), strict=True)
+        losses = [
+            checkpoint(self._loss, part, embeddings, wanted, ignore_index, use_reentrant=False)
+            for part, wanted in chunks
+        ]
+        return torch.stack(losses).sum()
+
+    def _loss(self, x: Tensor, embeddings: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        logits = self(x, embeddings)
+        logits = logits.to(compute_dtype(logits.dtype))
+        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model; :class:`TransformerConfig` describes it."""
+
+    def __init__(self, config: TransformerConfig, *, init_device: str = "cpu") -> None:
+        super().__init__()
+        self.config = config
+        dtype = config.dtype.as_pt()
+        cache = BufferCache()
+        self.embeddings = nn.Embedding(
+            config.vocab_size, config.d_model, dtype=dtype, device=init_device
+        )
+        self.blocks = nn.ModuleList(
+            block.build(
+                config.d_model,
+                layer_idx=i,
+                n_layers=config.n_layers,
+                dtype=config.dtype,
+                init_device=init_device,
+                cache=cache,
+            )
+            for i, block in enumerate(config.layer_blocks())
+        )
+        self.lm_head = LMHead(config, init_device)
+        self.max_rollback = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.weight.device
+
+    @property
+    def mixers(self) -> list[SequenceMixer]:
+        """The sequence mixer of each layer."""
+        return [block.sequence_mixer for block in self._blocks()]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        cu_doc_lens: Tensor | None = None,
+        max_doc_len: int | None = None,
+        labels: Tensor | None = None,
+        ignore_index: int = -100,
+        loss_reduction: str = "mean",
+        logits_to_keep: int = 0,
+        cache_leftpad: Tensor | None = None,
+        **mixer_kwargs: Any,
+    ) -> Tensor:
+        """Logits, or the loss if ``labels`` are given.
+
+        While a decoding cache exists (:meth:`init_kv_cache`), ``input_ids`` continue what was given
+        before.
+
+        :param input_ids: (B, T) integers below V.
+        :param cu_doc_lens: (N + 1,) int32, cumulative lengths of N documents over the flattened
+            B * T: nothing passes from one to another.
+        :param max_doc_len: an upper bound of the longest document.
+        :param labels: (B, T) int64, the token that follows each input.
+        :param ignore_index: the label that counts for nothing.
+        :param loss_reduction: "mean" over labels that count, or "sum".
+        :param logits_to_keep: compute only the logits of each row's last tokens, this many; 0 is
+            all.
+        :param cache_leftpad: (B,) int32, padding tokens before each row's first.
+        :param mixer_kwargs: whatever else all mixers take, such as a load balancer's lengths.
+        :returns: (B, T or ``logits_to_keep``, V) logits in the model's dtype, or the scalar
+            cross-entropy in nats, float32 at least.
+        :raises ValueError: if shapes, dtypes or options do not fit.
+        """
+        _check_ids("input_ids", input_ids)
+        if labels is not None:
+            _check_ids("labels", labels)
+            if labels.shape != input_ids.shape or labels.dtype != torch.int64:
+                raise ValueError(
+                    f"labels must be int64 of input_ids' shape {tuple(input_ids.shape)}, got "
+                    f"{labels.dtype} of shape {tuple(labels.shape)}"
+                )
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        if cu_doc_lens is not None:
+            mixer_kwargs["cu_doc_lens"] = cu_doc_lens
+        if max_doc_len is not None:
+            mixer_kwargs["max_doc_len"] = max_doc_len
+        if cache_leftpad is not None:
+            mixer_kwargs["cache_leftpad"] = cache_leftpad
+
+        x = self.embeddings(input_ids)
+        for block in self.blocks:
+            x = block(x, **mixer_kwargs)
+        if labels is None:
+            if logits_to_keep:
+                x = x[:, -logits_to_keep:]
+            return self.lm_head(x, self.embeddings.weight)
+        total = self.lm_head.loss(x, self.embeddings.weight, labels, ignore_index)
+        if loss_reduction == "sum":
+            return total
+        return total / (labels != ignore_index).sum().clamp(min=1)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int | None = None) -> None:
+        """Draw all parameters anew.
+
+        A model that was built on ``meta`` and moved with ``to_empty`` then equals one built on the
+        CPU.
+
+        :param seed: of a generator of its own; ``None`` draws from torch's.
+        """
+        config = self.config
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        trunc_normal_(self.embeddings.weight, std=config.init_std, generator=generator)
+        for i, block in enumerate(self._blocks()):
+            block.init_weights(
+                init_method=config.init_method,
+                d_model=config.d_model,
+                block_idx=i,
+                num_blocks=config.n_layers,
+                std=config.init_std,
+                generator=generator,
+            )
+        if self.lm_head.w_out is not None:
+            # As wide as what it multiplies needs: logits start with a standard deviation below 1.
+            std = min(config.init_std, config.d_model**-0.5)
+            trunc_normal_(self.lm_head.w_out.weight, std=std, generator=generator)
+        self.lm_head.reset_parameters()
+        self.normalize_matrices()
+
+    @torch.no_grad()
+    def normalize_matrices(self) -> None:
+        """Put the matrices of an nGPT back on the unit sphere: call it after each optimizer step.
+
+        Other models are left as they are.
+        """
+        if not self.config.is_normalized:
+            return
+        for block in self._blocks():
+            assert isinstance(block, NormalizedTransformerBlock)
+            block.normalize_matrices()
+        self.embeddings.weight.copy_(l2_normalize(self.embeddings.weight))
+        if self.lm_head.w_out is not None:
+            self.lm_head.w_out.weight.copy_(l2_normalize(self.lm_head.w_out.weight))
+
+    def num_params(self) -> int:
+        """The number of parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def num_flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations per token of forward and backward at length ``seq_len``.
+
+        6 for each parameter that multiplies (a multiply-add is two; backward is twice forward),
+        plus what the mixers do beyond their projections. Norms and the embedding look-up are left
+        out.
+        """
+        flops = sum(mixer.num_flops_per_token(seq_len) for mixer in self.mixers)
+        for block in self._blocks():
+            flops += block.feed_forward.num_flops_per_token(seq_len)
+        return flops + 6 * self.embeddings.weight.numel()
+
+    def init_kv_cache(self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0) -> None:
+        """Start decoding: every layer allocates its cache or recurrent state.
+
+        :param batch_size: rows that decode together.
+        :param max_seq_len: most tokens of a row, left padding included.
+        :param max_rollback: most tokens that :meth:`rollback` must be able to forget.
+        """
+        try:
+            for mixer in self.mixers:
+                mixer.init_kv_cache_manager(batch_size, max_seq_len, max_rollback=max_rollback)
+        except BaseException:
+            self.drop_kv_cache()
+            raise
+        self.max_rollback = max_rollback
+
+    def reset_kv_cache(self) -> None:
+        """Forget all tokens and keep the memory.
+
+        :raises RuntimeError: without a cache, as :meth:`rollback`.
+        """
+        for mixer in self._decoding_mixers():
+            mixer.kv_cache_manager.reset()  # type: ignore[union-attr]
+
+    def rollback(self, n_tokens: int) -> None:
+        """Forget the last ``n_tokens`` of each row, rejected draft tokens for example.
+
+        :raises ValueError: if that is more than ``max_rollback``, or than was given.
+        """
+        mixers = self._decoding_mixers()
+        if not 0 <= n_tokens <= self.max_rollback:
+            raise ValueError(
+                f"cannot forget {n_tokens} tokens: the caches were made for at most "
+                f"{self.max_rollback}. Call init_kv_cache with a larger max_rollback."
+            )
+        for mixer in mixers:
+            mixer.kv_cache_manager.rollback(n_tokens)  # type: ignore[union-attr]
+
+    def drop_kv_cache(self) -> None:
+        """Leave decoding and free the memory."""
+        for mixer in self.mixers:
+            mixer.kv_cache_manager = None
+
+    @contextmanager
+    def decoding(
+        self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0
+    ) -> Iterator[Transformer]:
+        """:meth:`init_kv_cache`, and :meth:`drop_kv_cache` on the way out."""
+        self.init_kv_cache(batch_size, max_seq_len, max_rollback=max_rollback)
+        try:
+            yield self
+        finally:
+            self.drop_kv_cache()
+
+    def _blocks(self) -> list[TransformerBlock | NormalizedTransformerBlock]:
+        return cast("list[TransformerBlock | NormalizedTransformerBlock]", list(self.blocks))
+
+    def _decoding_mixers(self) -> list[SequenceMixer]:
+        mixers = self.mixers
+        if any(mixer.kv_cache_manager is None for mixer in mixers):
+            raise RuntimeError("there is no decoding cache: call init_kv_cache first")
+        return mixers
+
+
+def _check_ids(name: str, ids: Tensor) -> None:
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{name} must be (batch, tokens) integers (int64 or int32), got {ids.dtype} of shape "
+            f"{tuple(ids.shape)}"
+        )
