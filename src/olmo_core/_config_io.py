@@ -269,7 +269,8 @@ def _merge_inside(current: Any, tree: dict[str, Any], hint: Any, where: str) -> 
 def _options(hint: Any) -> list[Any]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [option for arg in typing.get_args(hint) for option in _options(arg)]
-    return [hint]
+    origin = typing.get_origin(hint)
+    return [origin if dataclasses.is_dataclass(origin) else hint]  # Part[int] is a Part
 
 
 def _name(hint: Any) -> str:
@@ -303,12 +304,13 @@ def _convert(value: Any, t: Any, where: str) -> Any:
     if t is Any:
         return str(value) if isinstance(value, Text) else value
     origin, args = typing.get_origin(t), typing.get_args(t)
+    text = str(value) if isinstance(value, Text) else None
     if isinstance(value, Text):
         value = _read(value, origin or t)
     if origin is typing.Literal:
-        matches = [a for a in args if a == value or (isinstance(value, str) and str(a) == value)]
-        if matches:
-            return matches[0]
+        literals = [a for a in args if a == value or text == str(a)]
+        if literals:
+            return literals[0]
     elif origin in (list, tuple, set, frozenset, Sequence) or t in (list, tuple, set):
         return _convert_items(value, origin or t, args, where)
     elif origin in (dict, Mapping) or t is dict:
@@ -326,9 +328,9 @@ def _convert(value: Any, t: Any, where: str) -> Any:
         if isinstance(value, Mapping):
             return decode_dataclass(value, typing.cast(type, t), where)
     elif isinstance(t, type) and issubclass(t, Enum):
-        matches = [m for m in t if m is value or m.value == value]
-        if matches:
-            return matches[0]
+        members = [m for m in t if m is value or m.value == value or text == str(m.value)]
+        if members:
+            return members[0]
     elif t is bool or t is type(None):
         if isinstance(value, t):
             return value
