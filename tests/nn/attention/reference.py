@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ def document_mask(cu: Sequence[int], window: int | None) -> Tensor:
     """``(t, t)`` bool: token i sees token j of its document, at or before it, within the window."""
     total = cu[-1]
     mask = torch.zeros(total, total, dtype=torch.bool)
-    for start, stop in zip(cu, cu[1:]):
+    for start, stop in pairwise(cu):
         for i in range(start, stop):
             first = start if window is None else max(start, i - window + 1)
             mask[i, first : i + 1] = True
@@ -26,11 +27,11 @@ def row_lengths(batch: int, seq_len: int) -> list[int]:
 
 
 def positions(cu: Sequence[int]) -> Tensor:
-    return torch.cat([torch.arange(b - a) for a, b in zip(cu, cu[1:])])
+    return torch.cat([torch.arange(b - a) for a, b in pairwise(cu)])
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Queries ``(t, h, d)``, keys and values ``(t, g, d)``, mask ``(t, t)``; rows without keys are 0."""
+    """Queries ``(t, h, d)``, keys and values ``(t, g, d)``, mask ``(t, t)``; empty rows give 0."""
     rep = q.shape[1] // k.shape[1]
     heads = []
     for h in range(q.shape[1]):
@@ -74,7 +75,7 @@ def attention_layer(
     eps: float = 1e-5,
     normalized: bool = False,
 ) -> Tensor:
-    """A whole layer from its parameters ``p``, named as in its state dict. ``x`` is ``(B, T, d)``."""
+    """A layer from its parameters ``p``, named as in its state dict. ``x`` is ``(B, T, d)``."""
     flat = x.flatten(0, 1)
 
     def linear(name: str, inp: Tensor) -> Tensor:

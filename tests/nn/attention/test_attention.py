@@ -1,7 +1,8 @@
-"""The layers against the dense float64 reference, forward and gradients, over products of options."""
+"""The layers against the dense float64 reference, over products of options."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -99,7 +100,7 @@ def build(c: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[Sequen
 def run(layer: SequenceMixer, x: Tensor, cu: list[int] | None, **kwargs: Any) -> Tensor:
     if cu is not None:
         kwargs["cu_doc_lens"] = torch.tensor(cu, dtype=torch.int32)
-        kwargs["max_doc_len"] = max(b - a for a, b in zip(cu, cu[1:]))
+        kwargs["max_doc_len"] = max(b - a for a, b in pairwise(cu))
     return layer(x, **kwargs)
 
 

@@ -2,217 +2,32 @@
 
 A tensor's way: ``x`` -> projections -> clip -> qk-norm and RoPE -> backend -> gate -> ``w_out``.
 
-Shape suffixes in comments: B batch, T tokens, H query heads, G key and value heads, D head_dim.
+Shapes in comments: B batch, T tokens, H query heads, G key and value heads, D head_dim.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.attention.backend import AttentionBackend, AutoAttentionBackend
-from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.attention.config import AttentionBackendName, GateConfig, GateGranularity
-from olmo_core.nn.attention.inputs import Inputs, read_inputs
-from olmo_core.nn.attention.kv_cache import KVCacheManager
+from olmo_core.nn.attention.inputs import read_inputs
+from olmo_core.nn.attention.softmax import AttentionShape, SoftmaxAttention
 from olmo_core.nn.functional import l2_normalize
-from olmo_core.nn.init import InitMethod
-from olmo_core.nn.layer_norm import LayerNormConfig
+from olmo_core.nn.layer_norm import LayerNorm, LayerNormConfig
 from olmo_core.nn.rope import RoPEConfig, RoPEType
 
 if TYPE_CHECKING:
     from olmo_core.nn.buffer_cache import BufferCache
 
-__all__ = ["Attention", "AttentionShape", "FusedAttention", "NormalizedAttention"]
+__all__ = ["Attention", "FusedAttention", "NormalizedAttention"]
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """The sizes of an attention layer, checked."""
-
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(
-        cls, d_model: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None
-    ) -> AttentionShape:
-        """:raises OLMoConfigurationError: If the sizes do not fit together."""
-        sizes = {"d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
-        for name, size in sizes.items():
-            optional = name in ("n_kv_heads", "head_dim")
-            if size is None and optional:
-                continue
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise OLMoConfigurationError(f"{name} must be a positive int, got {size!r}.")
-        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads % n_kv_heads:
-            raise OLMoConfigurationError(
-                f"n_heads must be a multiple of n_kv_heads, got {n_heads} and {n_kv_heads}."
-            )
-        if head_dim is None:
-            if d_model % n_heads:
-                raise OLMoConfigurationError(
-                    f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}. Give "
-                    "head_dim to use another width for the heads."
-                )
-            head_dim = d_model // n_heads
-        return cls(d_model, n_heads, n_kv_heads, head_dim)
-
-
-class _SoftmaxAttention(SequenceMixer):
-    """What the three variants share: the backend, the cache, the RoPE module and ``w_out``."""
-
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        bias: bool,
-        rope: RoPEConfig | None,
-        clip_qkv: float | None,
-        dropout: float,
-        softmax_scale: float | None,
-        use_flash: bool | None,
-        backend: AttentionBackendName | None,
-        window_size: int | None,
-        dtype: torch.dtype,
-        init_device: str,
-        cache: BufferCache | None,
-    ):
-        super().__init__()
-        self.d_model, self.n_heads = shape.d_model, shape.n_heads
-        self.n_kv_heads, self.head_dim = shape.n_kv_heads, shape.head_dim
-        if clip_qkv is not None and not clip_qkv > 0:
-            raise OLMoConfigurationError(f"clip_qkv must be positive, got {clip_qkv}.")
-        if not 0.0 <= dropout < 1.0:
-            raise OLMoConfigurationError(f"dropout must be in [0, 1), got {dropout}.")
-        if softmax_scale is not None and not 0 < softmax_scale < math.inf:
-            raise OLMoConfigurationError(f"softmax_scale must be positive, got {softmax_scale}.")
-        if window_size is not None and (
-            isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1
-        ):
-            raise OLMoConfigurationError(
-                f"window_size must be a positive number of keys, got {window_size!r}. Leave it out "
-                "for full attention."
-            )
-        if not dtype.is_floating_point:
-            raise OLMoConfigurationError(f"dtype must be a floating dtype, got {dtype}.")
-        self.clip_qkv, self.dropout_p, self.window_size = clip_qkv, dropout, window_size
-        self.softmax_scale = shape.head_dim**-0.5 if softmax_scale is None else softmax_scale
-        self.rope = None if rope is None else rope.build(shape.head_dim, cache=cache)
-        self.backend: AttentionBackend = _backend_class(backend, use_flash)(
-            head_dim=shape.head_dim,
-            n_heads=shape.n_heads,
-            n_kv_heads=shape.n_kv_heads,
-            scale=self.softmax_scale,
-            dropout_p=dropout,
-            window_size=(-1, -1) if window_size is None else (window_size - 1, 0),
-            cache=cache,
-            fallback=True,
-        )
-        self.kv_cache_manager: KVCacheManager | None = None
-        self.w_out = nn.Linear(
-            shape.n_heads * shape.head_dim, shape.d_model, bias, init_device, dtype
-        )
-
-    def init_kv_cache_manager(
-        self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0
-    ) -> None:
-        """Initialize the kv cache manager for attention. When the kv cache manager exists, kv caching
-        will be used during the forward pass. This should only be called during inference.
-
-        :param batch_size: The batch size for the cache.
-        :param max_seq_len: The maximum sequence length for the cache, left padding included.
-        :param max_rollback: Most tokens that the cache must be able to forget again.
-        :raises RuntimeError: If the backend does not support KV caching.
-        """
-        self.backend.assert_supports_kv_cache()
-        self.kv_cache_manager = KVCacheManager(
-            batch_size,
-            max_seq_len,
-            self.n_kv_heads,
-            self.head_dim,
-            self.w_out.weight.device,
-            self.w_out.weight.dtype,
-            window=self.window_size or -1,
-            max_rollback=max_rollback,
-        )
-        if self.rope is not None:
-            self.rope.warmup_cache(max_seq_len, self.w_out.weight.device)
-
-    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, **lengths: Any) -> Tensor:
-        """Attention proper: :meth:`AttentionBackend.forward` of ``(q, k, v)``."""
-        return self.backend((q, k, v), **lengths)
-
-    def _rotate(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        if self.rope is None:
-            return q, k
-        return self.rope(q, k, **inputs.rope)
-
-    def _attend(self, qkv: Tensor | tuple[Tensor, Tensor, Tensor], inputs: Inputs) -> Tensor:
-        return self.backend(qkv, kv_cache_manager=self.kv_cache_manager, **inputs.lengths)
-
-    def _clip(self, x: Tensor) -> Tensor:
-        return x if self.clip_qkv is None else x.clamp(-self.clip_qkv, self.clip_qkv)
-
-    def _output(self, att: Tensor, inputs: Inputs) -> Tensor:
-        out: Tensor = self.w_out(att)
-        return out if inputs.padding is None else out.masked_fill(inputs.padding[..., None], 0.0)
-
-    def _linears(self) -> list[nn.Linear]:
-        return [m for m in self.children() if isinstance(m, nn.Linear)]
-
-    @torch.no_grad()
-    def init_weights(
-        self,
-        *,
-        init_method: InitMethod,
-        d_model: int,
-        block_idx: int,
-        num_blocks: int,
-        std: float = 0.02,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Draw the weights anew: see :class:`InitMethod`."""
-        init_method = InitMethod(init_method)
-        for linear in self._linears_in_order():
-            init_method.init_linear_(
-                linear.weight,
-                linear.bias,
-                d_model=d_model,
-                block_idx=block_idx,
-                num_blocks=num_blocks,
-                std=std,
-                output=linear is self.w_out,
-                generator=generator,
-            )
-
-    def _linears_in_order(self) -> list[nn.Linear]:
-        """The projections, ``w_out`` last."""
-        return sorted(self._linears(), key=lambda linear: linear is self.w_out)
-
-    def num_flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations per token of forward and backward at length ``seq_len``.
-
-        This accounts for the linear projections (Q, K, V, output, and gating if enabled), 6 per
-        weight, and for the attention computation (QK^T and softmax(QK^T) @ V), 12 per head
-        dimension and key, of which there are no more than the window. A multiply-add counts as two,
-        the backward pass as twice the forward; the causal half is not taken off.
-        """
-        weights = sum(linear.weight.numel() for linear in self._linears())
-        keys = seq_len if self.window_size is None else min(self.window_size, seq_len)
-        return 6 * weights + 12 * self.n_heads * self.head_dim * keys
-
-
-class Attention(_SoftmaxAttention):
+class Attention(SoftmaxAttention):
     """An implementation of multi-head self-attention with support for multi-query (MQA) and
     grouped-query (GQA) attention.
 
@@ -291,8 +106,8 @@ class Attention(_SoftmaxAttention):
             n_values = gate.num_values(self.n_heads, self.head_dim)
             self.w_g = nn.Linear(d_model, n_values, bias, init_device, dtype)
         self.use_head_qk_norm = use_head_qk_norm
-        self.q_norm: nn.Module | None = None
-        self.k_norm: nn.Module | None = None
+        self.q_norm: LayerNorm | None = None
+        self.k_norm: LayerNorm | None = None
         if qk_norm is not None:
             sizes = (self.head_dim, self.head_dim) if use_head_qk_norm else (q_size, kv_size)
             self.q_norm, self.k_norm = (qk_norm.build(n, init_device=init_device) for n in sizes)
@@ -317,10 +132,11 @@ class Attention(_SoftmaxAttention):
         """Apply attention to the input.
 
         :param x: The input of shape ``(batch_size, seq_len, d_model)``.
-        :param cu_doc_lens: Cumulative document lengths in the input ``x``, a 1D ``torch.int32`` tensor
-            that should always have one more element than there are documents (the first element in
-            the tensor should always be ``0``).
-        :param cu_doc_lens_q: Of the queries, where a context-parallel shard has others than its keys.
+        :param cu_doc_lens: Cumulative document lengths in the input ``x``, a 1D ``torch.int32``
+            tensor that should always have one more element than there are documents (the first
+            element in the tensor should always be ``0``).
+        :param cu_doc_lens_q: Of the queries, where a context-parallel shard has others than its
+            keys.
         :param cu_doc_lens_k: Of the keys, likewise.
         :param max_doc_len: An upper bound of the longest document in ``x``, an int. Only together
             with ``cu_doc_lens``; the whole length if not given.
@@ -377,26 +193,23 @@ class Attention(_SoftmaxAttention):
         if self.gate is None or self.w_g is None:
             return att
         gate = self.w_g(x)
-        gate = gate[..., None] if self.gate.granularity == GateGranularity.headwise else self._split(gate)
+        gate = (
+            gate[..., None]
+            if self.gate.granularity == GateGranularity.headwise
+            else self._split(gate)
+        )
         if not self.gate.full_precision:
             return att * torch.sigmoid(gate)
         dtype = torch.promote_types(att.dtype, torch.float32)
         return (att.to(dtype) * torch.sigmoid(gate.to(dtype))).to(att.dtype)
 
-    def init_weights(self, **kwargs: Any) -> None:
-        """Draw the weights anew: see :class:`InitMethod`. Norms start as the identity."""
-        super().init_weights(**kwargs)
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                norm.reset_parameters()
-
 
 class NormalizedAttention(Attention):
     """An nGPT attention implementation.
 
-    Loshchilov et al., "nGPT: Normalized Transformer with Representation Learning on the Hypersphere"
-    (2024): queries and keys are scaled by learned factors ``sq`` and ``sk``, scores by
-    ``head_dim ** 0.5``, and all matrices keep rows or columns of norm 1.
+    Loshchilov et al., "nGPT: Normalized Transformer with Representation Learning on the
+    Hypersphere" (2024): queries and keys are scaled by learned factors ``sq`` and ``sk``, scores
+    by ``head_dim ** 0.5``, and all matrices keep rows or columns of norm 1.
 
     .. warning::
         This is a beta feature! The API is subject to change even with minor and patch releases.
@@ -446,6 +259,7 @@ class NormalizedAttention(Attention):
 
     @torch.no_grad()
     def _reset_scales(self) -> None:
+        super()._reset_scales()
         self.sq.fill_(self.sq_init_scaling)
         self.sk.fill_(self.sk_init_scaling)
 
@@ -454,11 +268,6 @@ class NormalizedAttention(Attention):
         q = q * (self.sq * (self.sq_init_value / self.sq_init_scaling)).to(q.dtype)
         k = k * (self.sk * (self.sk_init_value / self.sk_init_scaling)).to(k.dtype)
         return self._split(q), self._split(k)
-
-    def init_weights(self, **kwargs: Any) -> None:
-        """Draw the weights anew, and put the scales where they start."""
-        super().init_weights(**kwargs)
-        self._reset_scales()
 
     @torch.no_grad()
     def normalize_matrices(self) -> None:
@@ -470,7 +279,7 @@ class NormalizedAttention(Attention):
             linear.weight.copy_(l2_normalize(linear.weight, dim=dim))
 
 
-class FusedAttention(_SoftmaxAttention):
+class FusedAttention(SoftmaxAttention):
     """A "fused" implementation of multi-head self-attention: one projection for Q, K and V.
 
     Intra-document masking is supported by passing in the ``max_doc_len`` and ``cu_doc_lens``
@@ -511,8 +320,8 @@ class FusedAttention(_SoftmaxAttention):
     ):
         if rope is not None and rope.name != RoPEType.fused:
             raise OLMoConfigurationError(
-                f"FusedAttention needs the RoPE implementation '{RoPEType.fused}', got '{rope.name}'. "
-                "It computes the same as 'default'."
+                f"FusedAttention needs the RoPE implementation '{RoPEType.fused}', got "
+                f"'{rope.name}'. It computes the same as 'default'."
             )
         super().__init__(
             AttentionShape.of(d_model, n_heads, None, None),
@@ -548,9 +357,9 @@ class FusedAttention(_SoftmaxAttention):
         :param x: The input of shape ``(batch_size, seq_len, d_model)``.
         :param max_doc_len: An upper bound of the longest document in ``x``, an int. Only together
             with ``cu_doc_lens``; the whole length if not given.
-        :param cu_doc_lens: Cumulative document lengths in the input ``x``, a 1D ``torch.int32`` tensor
-            that should always have one more element than there are documents (the first element in
-            the tensor should always be ``0``).
+        :param cu_doc_lens: Cumulative document lengths in the input ``x``, a 1D ``torch.int32``
+            tensor that should always have one more element than there are documents (the first
+            element in the tensor should always be ``0``).
         :returns: The output of attention with shape ``(batch_size, seq_len, d_model)``.
 
         The other parameters are those of :meth:`Attention.forward`.
@@ -573,27 +382,3 @@ class FusedAttention(_SoftmaxAttention):
             q, k = self._rotate(q, k, inputs)
             att = self._attend((q, k, v), inputs)
         return self._output(att.flatten(2), inputs)
-
-
-def _backend_class(
-    backend: AttentionBackendName | None, use_flash: bool | None
-) -> type[AttentionBackend]:
-    if use_flash:
-        warnings.warn(
-            "use_flash is deprecated, use backend='flash_2' instead.", DeprecationWarning, stacklevel=4
-        )
-        if backend not in (None, AttentionBackendName.flash_2):
-            raise OLMoConfigurationError(
-                f"use_flash=True means backend='flash_2', but backend='{backend}' was given. Leave "
-                "use_flash out."
-            )
-        backend = AttentionBackendName.flash_2
-    if backend is None:
-        return AutoAttentionBackend
-    try:
-        return AttentionBackendName(backend).get_class()
-    except ValueError:
-        raise OLMoConfigurationError(
-            f"There is no attention backend {backend!r}. Choose one of "
-            f"{', '.join(AttentionBackendName)}."
-        ) from None

@@ -59,8 +59,8 @@ class AttentionBackend(nn.Module, ABC):
     :param n_kv_heads: The key and value heads, if different.
     :param scale: Factor of the scores; ``head_dim ** -0.5`` if not given.
     :param dropout_p: Probability of dropping an attention weight, in training alone.
-    :param window_size: How many keys before and after its own a query sees, ``(left, right)``, as in
-        flash-attention: ``(-1, -1)`` for all before, ``(W - 1, 0)`` for a window of W keys.
+    :param window_size: How many keys before and after its own a query sees, ``(left, right)``, as
+        in flash-attention: ``(-1, -1)`` for all before, ``(W - 1, 0)`` for a window of W keys.
     :param cache: Unused; backends keep no buffers.
     :param fallback: On a machine without a GPU, warn and use torch instead of raising.
     :raises RuntimeError: If the backend can't run on this machine.
@@ -207,8 +207,9 @@ class AttentionBackend(nn.Module, ABC):
         :param qkv: Queries ``(batch, seq, n_heads, head_dim)``, keys and values ``(batch, seq_k,
             n_kv_heads, head_dim)``; or all three packed, ``(batch, seq, 3, n_heads, head_dim)``.
         :param cu_doc_lens: Ends of the documents in the flattened batch, int32, first element 0.
-        :param cu_doc_lens_q: Where queries and keys differ, the ends of the query segments, and
-        :param cu_doc_lens_k: those of the key segments. Each segment is causal from the bottom right.
+        :param cu_doc_lens_q: Where queries and keys differ, the ends of the query segments. Each
+            segment is causal from the bottom right.
+        :param cu_doc_lens_k: The ends of the key segments.
         :param max_doc_len: An upper bound of the longest document; ``_q`` and ``_k`` likewise.
         :param local_k_slice: The part of the flattened keys that ``cu_doc_lens_k`` describes.
         :param kv_cache_manager: Attend to the cached keys too, and store the new ones.
@@ -235,9 +236,7 @@ class AttentionBackend(nn.Module, ABC):
             return self._attend(q, k, v, segments)
         return self._attend(q.flatten(0, 1)[None], k, v, segments).view(q.shape)
 
-    def _unpack(
-        self, qkv: Tensor | tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _unpack(self, qkv: Tensor | tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(qkv, Tensor):
             if qkv.dim() != 5 or qkv.shape[2] != 3:
                 raise ValueError(
@@ -287,8 +286,8 @@ class AttentionBackend(nn.Module, ABC):
             raise RuntimeError("A KV cache is for inference: call eval(), which ends dropout.")
         if q.shape[:2] != k.shape[:2] or q.shape[0] != cache.batch_size:
             raise ValueError(
-                f"The KV cache was built for a batch of {cache.batch_size} and takes as many keys as "
-                f"queries, got q {tuple(q.shape)} and k {tuple(k.shape)}."
+                f"The KV cache was built for a batch of {cache.batch_size} and takes as many keys "
+                f"as queries, got q {tuple(q.shape)} and k {tuple(k.shape)}."
             )
         n = q.shape[1]
         q = q.to(cache.dtype)
@@ -299,9 +298,7 @@ class AttentionBackend(nn.Module, ABC):
         kernel = self._kernel(q, Feature.documents, Feature.kv_cache)
         k, v, segments = cache.problem(k, v)
         with torch.autocast(q.device.type, enabled=False):
-            out = attend(
-                q.flatten(0, 1)[None], k, v, segments, scale=self.scale, kernel=kernel
-            )
+            out = attend(q.flatten(0, 1)[None], k, v, segments, scale=self.scale, kernel=kernel)
         return out.view(q.shape)
 
 

@@ -81,7 +81,7 @@ class SequenceMixer(nn.Module, ABC):
         std: float = 0.02,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Draw all parameters anew, as ``init_method`` says for block ``block_idx`` of ``num_blocks``."""
+        """Draw all parameters anew, for block ``block_idx`` of ``num_blocks``."""
 
     @abstractmethod
     def num_flops_per_token(self, seq_len: int) -> int:
@@ -115,8 +115,8 @@ class SequenceMixer(nn.Module, ABC):
         """
         require_cp_style(ring, uly)
         raise RuntimeError(
-            f"{type(self).__name__} does not support context parallelism in this version. Shard the "
-            "batch instead (data parallelism), or shorten the sequence."
+            f"{type(self).__name__} does not support context parallelism in this version. Shard "
+            "the batch instead (data parallelism), or shorten the sequence."
         )
 
     def apply_tp(

@@ -159,9 +159,11 @@ class Environment:
         """This machine; for ``device``, or for its GPU if it has one."""
         has_cuda = torch.cuda.is_available()
         device = torch.device(device or ("cuda" if has_cuda else "cpu"))
-        capability = torch.cuda.get_device_capability(
-            device if device.type == "cuda" else None
-        ) if has_cuda else None
+        capability = (
+            torch.cuda.get_device_capability(device if device.type == "cuda" else None)
+            if has_cuda
+            else None
+        )
         return cls(device.type, capability, _found_packages())
 
 

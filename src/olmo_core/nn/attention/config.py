@@ -90,8 +90,9 @@ class SlidingWindowAttentionConfig(Config):
     """Which layers use sliding window attention, and with which windows."""
 
     pattern: list[int]
-    """The window sizes, repeated to cover all layers; -1 is full attention. ``[4096, 4096, 4096, -1]``
-    makes every fourth layer a full one. A window counts keys, the query's own included."""
+    """The window sizes, repeated to cover all layers; -1 is full attention. With
+    ``[4096, 4096, 4096, -1]`` every fourth layer is full. A window counts keys, the query's own
+    included."""
     force_full_attention_on_first_layer: bool = True
     """Whether the first layer is full whatever the pattern, which then starts at the second."""
     force_full_attention_on_last_layer: bool = True
@@ -104,8 +105,8 @@ class SlidingWindowAttentionConfig(Config):
             for w in self.pattern
         ):
             raise OLMoConfigurationError(
-                "A window pattern is a list of window sizes, each -1 (full attention) or a positive "
-                f"int, got {self.pattern!r}."
+                "A window pattern is a list of window sizes, each -1 (full attention) or a "
+                f"positive int, got {self.pattern!r}."
             )
 
     def _window(self, layer_idx: int, n_layers: int) -> int:
@@ -179,8 +180,8 @@ class GateConfig(Config):
 class AttentionConfig(SequenceMixerConfig[SequenceMixer]):
     """A configuration class for easily building any of the different attention modules.
 
-    See :class:`Attention`, :class:`FusedAttention` and :class:`NormalizedAttention` for the options.
-    None means the default of the class.
+    See :class:`Attention`, :class:`FusedAttention` and :class:`NormalizedAttention` for the
+    options. None means the default of the class.
     """
 
     name: AttentionType = AttentionType.default
@@ -205,7 +206,7 @@ class AttentionConfig(SequenceMixerConfig[SequenceMixer]):
 
         :param d_model: The model dimensionality.
         """
-        from olmo_core.nn.attention.attention import AttentionShape
+        from olmo_core.nn.attention.softmax import AttentionShape
 
         shape = AttentionShape.of(d_model, self.n_heads, self.n_kv_heads, self.head_dim)
         name = AttentionType(self.name)
@@ -260,11 +261,18 @@ class AttentionConfig(SequenceMixerConfig[SequenceMixer]):
         options = {name: value for name, value in options.items() if value is not None}
         match AttentionType(self.name):
             case AttentionType.default:
-                cls: type[SequenceMixer] = Attention
+                cls: Any = Attention
                 lacks: tuple[str, ...] = ()
             case AttentionType.fused:
                 cls = FusedAttention
-                lacks = ("n_kv_heads", "head_dim", "gate", "qk_norm", "use_flash", "use_head_qk_norm")
+                lacks = (
+                    "n_kv_heads",
+                    "head_dim",
+                    "gate",
+                    "qk_norm",
+                    "use_flash",
+                    "use_head_qk_norm",
+                )
             case AttentionType.normalized:
                 cls = NormalizedAttention
                 lacks = ("head_dim", "bias", "gate", "clip_qkv", "dropout", "use_head_qk_norm")

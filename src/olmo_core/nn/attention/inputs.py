@@ -16,7 +16,7 @@ from olmo_core.nn.attention.lengths import (
 )
 
 if TYPE_CHECKING:
-    from olmo_core.nn.attention.attention import _SoftmaxAttention
+    from olmo_core.nn.attention.softmax import SoftmaxAttention
 
 __all__ = ["Inputs", "check_hidden_states", "read_inputs"]
 
@@ -55,7 +55,7 @@ def check_hidden_states(x: Tensor, d_model: int, weight: Tensor) -> None:
 
 
 def read_inputs(
-    layer: _SoftmaxAttention,
+    layer: SoftmaxAttention,
     x: Tensor,
     *,
     cu_doc_lens: Tensor | None,
@@ -88,8 +88,8 @@ def read_inputs(
     if cu_doc_lens is not None:
         if layer.kv_cache_manager is not None:
             raise ValueError(
-                "A KV cache holds one document a row, so it can't be used with cu_doc_lens. Prefill "
-                "each document as a row, padded on the left with cache_leftpad."
+                "A KV cache holds one document a row, so it can't be used with cu_doc_lens. "
+                "Prefill each document as a row, padded on the left with cache_leftpad."
             )
         if cache_leftpad is not None:
             raise ValueError(
@@ -107,7 +107,7 @@ def read_inputs(
     if cache is not None:
         if rope_buffers:
             raise ValueError(
-                f"{', '.join(rope_buffers)} can't be used with a KV cache, which knows its positions."
+                f"{', '.join(rope_buffers)} given with a KV cache, which knows its positions."
             )
         if batch != cache.batch_size:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The interface's seven length keywords, folded into one :class:`Segments` and checked on the way."""
+"""The interface's seven length keywords, checked and folded into one :class:`Segments`."""
 
 from __future__ import annotations
 

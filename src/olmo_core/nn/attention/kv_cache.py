@@ -101,8 +101,8 @@ class KVCacheManager(DecodingCache):
         """See :meth:`DecodingCache.reserve`."""
         if self.host_seqlen + n_tokens > self.max_seq_len:
             raise RuntimeError(
-                f"The KV cache holds {self.host_seqlen} of at most {self.max_seq_len} tokens a row "
-                f"and {n_tokens} more were given. Build it with a larger max_seq_len, or reset() it."
+                f"The KV cache holds {self.host_seqlen} of at most {self.max_seq_len} tokens a "
+                f"row, and {n_tokens} more came. Build it with a larger max_seq_len, or reset() it."
             )
         self.host_seqlen += n_tokens
 

@@ -7,6 +7,8 @@ pad the tensor to a fixed size, which lets one compiled graph serve any number o
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -53,37 +55,42 @@ def check_cu_doc_lens(
     """
     if not isinstance(cu, Tensor) or cu.dtype != torch.int32:
         got = cu.dtype if isinstance(cu, Tensor) else type(cu).__name__
-        raise TypeError(f"{name} must be a torch.int32 tensor, got {got}. Use {name}.to(torch.int32).")
+        raise TypeError(
+            f"{name} must be a torch.int32 tensor, got {got}. Use {name}.to(torch.int32)."
+        )
     if cu.dim() != 1 or cu.shape[0] < 2:
         raise ValueError(
             f"{name} must be 1-D with one element more than there are documents, got shape "
             f"{tuple(cu.shape)}. For a single document pass [0, {total}]."
         )
-    if max_doc_len is not None and (isinstance(max_doc_len, bool) or not isinstance(max_doc_len, int)):
-        if not isinstance(max_doc_len, torch.SymInt):
-            raise TypeError(
-                f"The longest document must be an int, got {type(max_doc_len).__name__}. "
-                "A tensor here would make every step wait for the device: use int(...)."
-            )
+    if isinstance(max_doc_len, bool) or not isinstance(max_doc_len, int | torch.SymInt | None):
+        raise TypeError(
+            f"The longest document must be an int, got {type(max_doc_len).__name__}. "
+            "A tensor here would make every step wait for the device: use int(...)."
+        )
     if torch.compiler.is_compiling() or _is_capturing(cu):
         lengths = cu[1:] - cu[:-1]
         good = (cu[0] == 0) & (cu[-1] == total) & (lengths >= 0).all()
         if max_doc_len is not None:
             good = good & (lengths <= max_doc_len).all()
-        torch._assert_async(good, f"{name} does not describe the input, or a document exceeds max_doc_len")
+        torch._assert_async(
+            good, f"{name} does not describe the input, or a document exceeds max_doc_len"
+        )
         return
 
     values = host_lengths(cu)
     if values[0] != 0:
         raise ValueError(f"{name} must start at 0, got {_short(values)}.")
-    if any(b < a for a, b in zip(values, values[1:])):
-        raise ValueError(f"{name} must not decrease (repeated ends are empty documents), got {_short(values)}.")
+    if any(b < a for a, b in pairwise(values)):
+        raise ValueError(
+            f"{name} must not decrease (repeated ends are empty documents), got {_short(values)}."
+        )
     if values[-1] != total:
         raise ValueError(
             f"{name} must end at the number of tokens in the flattened batch, {total}, got "
             f"{values[-1]}: {_short(values)}. Tokens past the last document need a document too."
         )
-    longest = max(b - a for a, b in zip(values, values[1:]))
+    longest = max(b - a for a, b in pairwise(values))
     if max_doc_len is not None and longest > max_doc_len:
         raise ValueError(
             f"The longest document of {name} has {longest} tokens, but max_doc_len={max_doc_len}. "
@@ -139,4 +146,6 @@ def _is_capturing(t: Tensor) -> bool:
 
 
 def _short(values: list[int]) -> str:
-    return str(values) if len(values) <= 8 else f"{str(values[:8])[:-1]}, ... {len(values) - 8} more]"
+    return (
+        str(values) if len(values) <= 8 else f"{str(values[:8])[:-1]}, ... {len(values) - 8} more]"
+    )

@@ -66,13 +66,13 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
-            "Expected q (batch, queries, heads, head_dim) and k, v (batch, keys, kv heads, head_dim), "
-            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+            "Expected q (batch, queries, heads, head_dim) and k, v (batch, keys, kv heads, "
+            f"head_dim), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
         )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ValueError(
-            "q and k must agree in batch and head_dim, and the query heads must be a multiple of the "
-            f"kv heads, got {tuple(q.shape)} and {tuple(k.shape)}."
+            "q and k must agree in batch and head_dim, and the query heads must be a multiple of "
+            f"the kv heads, got {tuple(q.shape)} and {tuple(k.shape)}."
         )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(
@@ -100,12 +100,28 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tenso
 
 
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng: Tensor, *problem: Any
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rng: Tensor,
+    *problem: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *segments, scale, dropout_p, kernel = problem
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     grads = get_kernel(kernel).backward(
-        dout.contiguous(), q, k, v, out, lse, rng, Segments(*segments), scale=scale, dropout_p=dropout_p
+        dout.contiguous(),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        rng,
+        Segments(*segments),
+        scale=scale,
+        dropout_p=dropout_p,
     )
     dq, dk, dv = (x.contiguous() for x in grads)
     return dq, dk, dv
@@ -130,9 +146,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | No
     if dout is None:
         return None, None, None, *nothing
     q, k, v, out, lse, rng, cu_q, cu_k = ctx.saved_tensors
-    grads = torch.ops.olmo_core.attend_backward(
-        dout, q, k, v, out, lse, rng, cu_q, cu_k, *ctx.rest
-    )
+    grads = torch.ops.olmo_core.attend_backward(dout, q, k, v, out, lse, rng, cu_q, cu_k, *ctx.rest)
     return *grads, *nothing
 
 

@@ -58,13 +58,17 @@ def _measure(
     else:
         segments = Segments.dense(_TOKENS, _TOKENS, window=window)
     scale = head_dim**-0.5
-    with torch.enable_grad(), torch.inference_mode(False), torch.autocast(q.device.type, enabled=False):
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attend(*inputs, segments, scale=scale, kernel=kernel)
-        got = (out, *torch.autograd.grad(out, inputs, dout))
-        exact = [x.double().requires_grad_() for x in (q, k, v)]
-        reference = sdpa_reference(*exact, segments, scale)
-        want = (reference, *torch.autograd.grad(reference, exact, dout.double()))
+    with (
+        torch.enable_grad(),
+        torch.inference_mode(False),
+        torch.autocast(q.device.type, enabled=False),
+    ):
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        out = attend(q, k, v, segments, scale=scale, kernel=kernel)
+        got = (out, *torch.autograd.grad(out, (q, k, v), dout))
+        q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+        exact = sdpa_reference(q, k, v, segments, scale)
+        want = (exact, *torch.autograd.grad(exact, (q, k, v), dout.double()))
     return max(relative_error(a, b) for a, b in zip(got, want))
 
 

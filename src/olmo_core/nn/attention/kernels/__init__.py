@@ -33,8 +33,8 @@ class Kernel(Protocol):
         :param dropout_p: Probability that a weight is dropped.
         :returns: The output, like ``q`` and contiguous; the natural log-sum-exp of each query's
             scaled scores, ``(b, h, t_q)``, float32 (float64 for float64), contiguous, -inf for a
-            query that sees no key (its output is 0); and the state with which backward draws the same
-            dropout, ``(2,)`` int64, or ``(0,)`` without dropout.
+            query that sees no key (its output is 0); and the state with which backward draws the
+            same dropout, ``(2,)`` int64, or ``(0,)`` without dropout.
         """
         ...
 

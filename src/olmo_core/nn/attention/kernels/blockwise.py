@@ -38,7 +38,9 @@ def forward(
         if keep is not None:
             weights = weights * keep
         out[:, block.q0 : block.q1] = _unfold(weights @ _keys(v, block, acc), q).to(q.dtype)
-        lse[..., block.q0 : block.q1] = rows_lse.unflatten(-1, (-1, block.q1 - block.q0)).flatten(1, 2)
+        lse[..., block.q0 : block.q1] = rows_lse.unflatten(-1, (-1, block.q1 - block.q0)).flatten(
+            1, 2
+        )
     return out, lse, rng
 
 
@@ -63,7 +65,8 @@ def backward(
     for block, keep in _blocks(q, k, s, rng, dropout_p):
         rows, keys = slice(block.q0, block.q1), slice(block.k0, block.k1)
         weights = (
-            _scores(q, k, block, scale) - lse[..., rows].unflatten(1, (groups, -1)).flatten(2)[..., None]
+            _scores(q, k, block, scale)
+            - lse[..., rows].unflatten(1, (groups, -1)).flatten(2)[..., None]
         ).exp_()
         d_out, o = _fold(dout[:, rows], groups, acc), _fold(out[:, rows], groups, acc)
         d_weights = d_out @ _keys(v, block, acc).mT

@@ -6,7 +6,7 @@ average the calls, not the arithmetic, are what takes time.
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ def order(s: Segments, n_tokens: int) -> Order | None:
     if s.cu_q is None or s.cu_q is not s.cu_k or not s.causal:
         return None
     cu, _ = s.host_lengths(n_tokens, n_tokens)
-    documents = sorted((b - a, a) for a, b in zip(cu, cu[1:]) if b > a)
+    documents = sorted((b - a, a) for a, b in pairwise(cu) if b > a)
     longest = documents[-1][0] if documents else 0
     if n_tokens >= _SHORT * len(documents) or 0 < s.window < longest:
         return None
@@ -58,10 +58,10 @@ def forward(
     lse: Tensor | None = None
     for at, count, length in groups:
         part = slice(at, at + count * length)
+        group_q, group_k, group_v = (x[part].unflatten(0, (count, length)) for x in (q, k, v))
         o, group_lse = cpu_flash_forward(
-            *(x[part].unflatten(0, (count, length)) for x in (q, k, v)),
-            is_causal=True, mask=None, scale=scale,
-        )  # fmt: skip
+            group_q, group_k, group_v, is_causal=True, mask=None, scale=scale
+        )
         if lse is None:
             lse = group_lse.new_empty((1, q.shape[1], q.shape[0]))
         out[0, tokens[part]] = o.flatten(0, 1)
@@ -87,8 +87,9 @@ def backward(
     lse = lse[0, :, tokens]
     for at, count, length in groups:
         part = slice(at, at + count * length)
+        d, *rest = (x[part].unflatten(0, (count, length)) for x in (dout, q, k, v, out))
         parts = cpu_flash_backward(
-            *(x[part].unflatten(0, (count, length)) for x in (dout, q, k, v, out)),
+            d, rest[0], rest[1], rest[2], rest[3],
             lse[:, part].unflatten(1, (count, length)).transpose(0, 1),
             is_causal=True, mask=None, scale=scale,
         )  # fmt: skip

@@ -171,8 +171,8 @@ def cudnn_backward(
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     n_q, n_k = q.shape[1], k.shape[1]
     grads = _aten._scaled_dot_product_cudnn_attention_backward(
-        *map(_heads_first, (dout, q, k, v, out)), lse.unsqueeze(-1), unused, unused, None, None, None,
-        n_q, n_k, 0.0, is_causal, scale=scale,
+        *map(_heads_first, (dout, q, k, v, out)), lse.unsqueeze(-1), unused, unused,
+        None, None, None, n_q, n_k, 0.0, is_causal, scale=scale,
     )  # fmt: skip
     dq, dk, dv = map(_heads_first, grads)
     return dq, dk, dv

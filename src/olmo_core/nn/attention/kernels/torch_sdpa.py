@@ -36,7 +36,11 @@ class TorchKernel:
         """See :meth:`Kernel.forward`."""
         if not q.numel() or not k.numel():
             lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=_lse_dtype(q))
-            return torch.zeros_like(q, memory_format=torch.contiguous_format), lse, torch_ops.no_rng(q)
+            return (
+                torch.zeros_like(q, memory_format=torch.contiguous_format),
+                lse,
+                torch_ops.no_rng(q),
+            )
         match choose(q, k, s, dropout_p):
             case "cudnn":
                 out, lse = torch_ops.cudnn_forward(q, k, v, is_causal=s.causal, scale=scale)
@@ -71,7 +75,9 @@ class TorchKernel:
             case "cudnn":
                 return torch_ops.cudnn_backward(*saved, is_causal=s.causal, scale=scale)
             case "cuda_flash":
-                return torch_ops.cuda_flash_backward(*saved, rng, s, scale=scale, dropout_p=dropout_p)
+                return torch_ops.cuda_flash_backward(
+                    *saved, rng, s, scale=scale, dropout_p=dropout_p
+                )
             case "cpu_flash":
                 return _cpu_backward(*saved, s, scale)
             case _:
@@ -151,7 +157,14 @@ def _cpu_forward(
 
 
 def _cpu_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: Segments, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    s: Segments,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     order = short_documents.order(s, q.shape[1])
     if order is not None:

@@ -1,0 +1,244 @@
+"""What the softmax attention layers share: sizes, backend, cache, RoPE and ``w_out``."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention.backend import AttentionBackend, AutoAttentionBackend
+from olmo_core.nn.attention.base import SequenceMixer
+from olmo_core.nn.attention.config import AttentionBackendName
+from olmo_core.nn.attention.inputs import Inputs
+from olmo_core.nn.attention.kv_cache import KVCacheManager
+from olmo_core.nn.init import InitMethod
+from olmo_core.nn.layer_norm import LayerNorm
+from olmo_core.nn.rope import RoPEConfig
+
+if TYPE_CHECKING:
+    from olmo_core.nn.buffer_cache import BufferCache
+
+__all__ = ["AttentionShape", "SoftmaxAttention"]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of an attention layer, checked."""
+
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(
+        cls, d_model: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None
+    ) -> AttentionShape:
+        """:raises OLMoConfigurationError: If the sizes do not fit together."""
+        sizes = {
+            "d_model": d_model,
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "head_dim": head_dim,
+        }
+        for name, size in sizes.items():
+            optional = name in ("n_kv_heads", "head_dim")
+            if size is None and optional:
+                continue
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise OLMoConfigurationError(f"{name} must be a positive int, got {size!r}.")
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if n_heads % n_kv_heads:
+            raise OLMoConfigurationError(
+                f"n_heads must be a multiple of n_kv_heads, got {n_heads} and {n_kv_heads}."
+            )
+        if head_dim is None:
+            if d_model % n_heads:
+                raise OLMoConfigurationError(
+                    f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}. Give "
+                    "head_dim to use another width for the heads."
+                )
+            head_dim = d_model // n_heads
+        return cls(d_model, n_heads, n_kv_heads, head_dim)
+
+
+class SoftmaxAttention(SequenceMixer):
+    """What the three variants share: the backend, the cache, the RoPE module and ``w_out``."""
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        bias: bool,
+        rope: RoPEConfig | None,
+        clip_qkv: float | None,
+        dropout: float,
+        softmax_scale: float | None,
+        use_flash: bool | None,
+        backend: AttentionBackendName | None,
+        window_size: int | None,
+        dtype: torch.dtype,
+        init_device: str,
+        cache: BufferCache | None,
+    ):
+        super().__init__()
+        self.d_model, self.n_heads = shape.d_model, shape.n_heads
+        self.n_kv_heads, self.head_dim = shape.n_kv_heads, shape.head_dim
+        if clip_qkv is not None and not clip_qkv > 0:
+            raise OLMoConfigurationError(f"clip_qkv must be positive, got {clip_qkv}.")
+        if not 0.0 <= dropout < 1.0:
+            raise OLMoConfigurationError(f"dropout must be in [0, 1), got {dropout}.")
+        if softmax_scale is not None and not 0 < softmax_scale < math.inf:
+            raise OLMoConfigurationError(f"softmax_scale must be positive, got {softmax_scale}.")
+        if window_size is not None and (
+            isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1
+        ):
+            raise OLMoConfigurationError(
+                f"window_size must be a positive number of keys, got {window_size!r}. Leave it out "
+                "for full attention."
+            )
+        if not dtype.is_floating_point:
+            raise OLMoConfigurationError(f"dtype must be a floating dtype, got {dtype}.")
+        self.clip_qkv, self.dropout_p, self.window_size = clip_qkv, dropout, window_size
+        self.softmax_scale = shape.head_dim**-0.5 if softmax_scale is None else softmax_scale
+        self.rope = None if rope is None else rope.build(shape.head_dim, cache=cache)
+        self.backend: AttentionBackend = _backend_class(backend, use_flash)(
+            head_dim=shape.head_dim,
+            n_heads=shape.n_heads,
+            n_kv_heads=shape.n_kv_heads,
+            scale=self.softmax_scale,
+            dropout_p=dropout,
+            window_size=(-1, -1) if window_size is None else (window_size - 1, 0),
+            cache=cache,
+            fallback=True,
+        )
+        self.kv_cache_manager: KVCacheManager | None = None
+        self.w_out = nn.Linear(
+            shape.n_heads * shape.head_dim, shape.d_model, bias, init_device, dtype
+        )
+
+    def init_kv_cache_manager(
+        self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0
+    ) -> None:
+        """Initialize the kv cache manager for attention. When the kv cache manager exists, kv
+        caching will be used during the forward pass. This should only be called during inference.
+
+        :param batch_size: The batch size for the cache.
+        :param max_seq_len: The maximum sequence length for the cache, left padding included.
+        :param max_rollback: Most tokens that the cache must be able to forget again.
+        :raises RuntimeError: If the backend does not support KV caching.
+        """
+        self.backend.assert_supports_kv_cache()
+        self.kv_cache_manager = KVCacheManager(
+            batch_size,
+            max_seq_len,
+            self.n_kv_heads,
+            self.head_dim,
+            self.w_out.weight.device,
+            self.w_out.weight.dtype,
+            window=self.window_size or -1,
+            max_rollback=max_rollback,
+        )
+        if self.rope is not None:
+            self.rope.warmup_cache(max_seq_len, self.w_out.weight.device)
+
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, **lengths: Any) -> Tensor:
+        """Attention proper: :meth:`AttentionBackend.forward` of ``(q, k, v)``."""
+        return self.backend((q, k, v), **lengths)
+
+    def _rotate(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        if self.rope is None:
+            return q, k
+        return self.rope(q, k, **inputs.rope)
+
+    def _attend(self, qkv: Tensor | tuple[Tensor, Tensor, Tensor], inputs: Inputs) -> Tensor:
+        return self.backend(qkv, kv_cache_manager=self.kv_cache_manager, **inputs.lengths)
+
+    def _clip(self, x: Tensor) -> Tensor:
+        return x if self.clip_qkv is None else x.clamp(-self.clip_qkv, self.clip_qkv)
+
+    def _output(self, att: Tensor, inputs: Inputs) -> Tensor:
+        out: Tensor = self.w_out(att)
+        return out if inputs.padding is None else out.masked_fill(inputs.padding[..., None], 0.0)
+
+    def _linears(self) -> list[nn.Linear]:
+        return [m for m in self.children() if isinstance(m, nn.Linear)]
+
+    @torch.no_grad()
+    def init_weights(
+        self,
+        *,
+        init_method: InitMethod,
+        d_model: int,
+        block_idx: int,
+        num_blocks: int,
+        std: float = 0.02,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Draw the weights anew: see :class:`InitMethod`. Norms start as the identity."""
+        init_method = InitMethod(init_method)
+        for linear in self._linears_in_order():
+            init_method.init_linear_(
+                linear.weight,
+                linear.bias,
+                d_model=d_model,
+                block_idx=block_idx,
+                num_blocks=num_blocks,
+                std=std,
+                output=linear is self.w_out,
+                generator=generator,
+            )
+        self._reset_scales()
+
+    def _reset_scales(self) -> None:
+        """Put norms and other learned scales where they start."""
+        for module in self.modules():
+            if isinstance(module, LayerNorm):
+                module.reset_parameters()
+
+    def _linears_in_order(self) -> list[nn.Linear]:
+        """The projections, ``w_out`` last."""
+        return sorted(self._linears(), key=lambda linear: linear is self.w_out)
+
+    def num_flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations per token of forward and backward at length ``seq_len``.
+
+        This accounts for the linear projections (Q, K, V, output, and gating if enabled), 6 per
+        weight, and for the attention computation (QK^T and softmax(QK^T) @ V), 12 per head
+        dimension and key, of which there are no more than the window. A multiply-add counts as two,
+        the backward pass as twice the forward; the causal half is not taken off.
+        """
+        weights = sum(linear.weight.numel() for linear in self._linears())
+        keys = seq_len if self.window_size is None else min(self.window_size, seq_len)
+        return 6 * weights + 12 * self.n_heads * self.head_dim * keys
+
+
+def _backend_class(
+    backend: AttentionBackendName | None, use_flash: bool | None
+) -> type[AttentionBackend]:
+    if use_flash:
+        warnings.warn(
+            "use_flash is deprecated, use backend='flash_2' instead.",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+        if backend not in (None, AttentionBackendName.flash_2):
+            raise OLMoConfigurationError(
+                f"use_flash=True means backend='flash_2', but backend='{backend}' was given. Leave "
+                "use_flash out."
+            )
+        backend = AttentionBackendName.flash_2
+    if backend is None:
+        return AutoAttentionBackend
+    try:
+        return AttentionBackendName(backend).get_class()
+    except ValueError:
+        raise OLMoConfigurationError(
+            f"There is no attention backend {backend!r}. Choose one of "
+            f"{', '.join(AttentionBackendName)}."
+        ) from None

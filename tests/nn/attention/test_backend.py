@@ -1,0 +1,230 @@
+"""Backends, the table that they answer from, and the choice, on machines that are values."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from nn.attention.reference import relative
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention import Attention, AttentionBackendName, TorchAttentionBackend, selection
+from olmo_core.nn.attention.backend import BACKENDS, AutoAttentionBackend
+from olmo_core.nn.attention.capabilities import (
+    CAPABILITIES,
+    Environment,
+    Feature,
+    Request,
+    feature_reasons,
+    installation_reasons,
+    refusals,
+)
+from olmo_core.nn.attention.probe import probe
+
+ALL = frozenset(p for c in CAPABILITIES.values() for p in c.packages)
+H100, A100, B200 = (Environment("cuda", cc, ALL) for cc in ((9, 0), (8, 0), (10, 0)))
+BF16 = Request(torch.bfloat16, 128)
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+
+
+def test_every_name_has_a_class_and_a_row() -> None:
+    assert set(BACKENDS) == set(CAPABILITIES) == {str(name) for name in AttentionBackendName}
+    for name in AttentionBackendName:
+        assert name.get_class().name == name
+        assert all(reason for reason in CAPABILITIES[name].missing.values())
+
+
+def test_installation_reasons_name_cause_and_command() -> None:
+    on_laptop = installation_reasons(CAPABILITIES["flash_3"], Environment())
+    assert len(on_laptop) == 2 and "9.0" in on_laptop[0] and "hopper/" in on_laptop[1]
+    bare_h100 = Environment("cuda", (9, 0))
+    assert installation_reasons(CAPABILITIES["flash_3"], bare_h100) == on_laptop[1:]
+    assert "this one has 8.0" in installation_reasons(CAPABILITIES["te"], A100)[0]
+    assert "8.0" not in " ".join(installation_reasons(CAPABILITIES["flash_2"], A100))
+    assert installation_reasons(CAPABILITIES["flash_3"], B200)
+    assert all(not installation_reasons(c, H100) for c in CAPABILITIES.values())
+
+
+def test_a_refusal_lists_every_reason() -> None:
+    request = Request(torch.float32, 999, frozenset({Feature.dropout, Feature.ring_cp}))
+    reasons = "\n".join(refusals(CAPABILITIES["flash_4"], Environment(), request))
+    for part in ("9.0", "not installed", "dropout", "ring_cp", "float32", "999", "multiple of"):
+        assert part in reasons
+    assert not refusals(CAPABILITIES["torch"], Environment(), Request(torch.float64, 3))
+
+
+@pytest.mark.parametrize(
+    ("env", "request_", "name"),
+    [
+        (Environment(), Request(torch.float32, 64), "torch"),
+        (Environment("mps"), Request(torch.float16, 64), "torch"),
+        (H100, BF16, "flash_4"),
+        (H100, Request(torch.bfloat16, 128, frozenset({Feature.window})), "flash_4"),
+        (Environment("cuda", (9, 0)), BF16, "torch"),
+        (Environment("cuda", (9, 0), frozenset({"transformer_engine"})), BF16, "te"),
+        (H100, Request(torch.float32, 128), "torch"),
+        (H100, Request(torch.bfloat16, 100), "torch"),
+        (H100, Request(torch.bfloat16, 128, frozenset({Feature.dropout})), "torch"),
+        (A100, BF16, "flash_2"),
+        (B200, BF16, "flash_4"),
+    ],
+)
+def test_choice(env: Environment, request_: Request, name: str) -> None:
+    choice = selection.choose(env, request_)
+    assert choice.name == name and choice.reason
+    assert set(choice.refused) == {n for n, c in CAPABILITIES.items() if refusals(c, env, request_)}
+
+
+def test_choice_passes_over_a_backend_that_fails_its_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        selection, "_probe", lambda name, *_: "broken" if name == "flash_4" else None
+    )
+    choice = selection.choose(H100, BF16, probe=True)
+    assert choice.name == "te" and choice.refused["flash_4"] == ["broken"]
+
+
+def test_probe_reports_instead_of_raising() -> None:
+    assert probe("torch", "cpu", torch.float32, 8, {Feature.window, Feature.documents}) is None
+    assert probe("torch", "cpu", torch.bfloat16, 16) is None
+    assert "its probe failed" in probe("no_such_kernel", "cpu", torch.float32, 8)
+
+
+def test_features_are_answered_from_the_table() -> None:
+    for name, cls in BACKENDS.items():
+        for feature, check in (
+            (Feature.window, cls.assert_supports_swa),
+            (Feature.packed_qkv, cls.assert_supports_packed_qkv),
+            (Feature.kv_cache, cls.assert_supports_kv_cache),
+            (Feature.ring_cp, cls.assert_supports_ring_cp),
+            (Feature.ulysses_cp, cls.assert_supports_ulysses_cp),
+        ):
+            reasons = feature_reasons(CAPABILITIES[name], [feature])
+            if reasons:
+                with pytest.raises(RuntimeError, match=str(feature)):
+                    check()
+            else:
+                check()
+
+
+@no_gpu
+def test_a_backend_built_directly_raises_without_its_gpu() -> None:
+    for name in ("flash_2", "flash_3", "flash_4", "te"):
+        with pytest.raises(RuntimeError, match="needs an NVIDIA GPU"):
+            AttentionBackendName(name).build(head_dim=8, n_heads=2)
+        with pytest.raises(RuntimeError, match="needs an NVIDIA GPU"):
+            AttentionBackendName(name).assert_supported()
+    AttentionBackendName.torch.assert_supported()
+
+
+@no_gpu
+def test_a_layer_falls_back_with_a_warning_when_it_resolves() -> None:
+    selection._kernel_for.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = Attention(d_model=16, n_heads=2, backend="flash_3")
+    assert type(layer.backend) is BACKENDS["flash_3"]
+    x = torch.randn(1, 4, 16)
+    with pytest.warns(UserWarning, match="Falling back to the torch backend"):
+        out = layer(x)
+    plain = Attention(d_model=16, n_heads=2, backend="torch")
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(out, plain(x))
+
+
+def test_the_default_resolves_at_the_first_call() -> None:
+    layer = Attention(d_model=16, n_heads=2, init_device="meta")
+    assert type(layer.backend) is AutoAttentionBackend
+    layer.backend.assert_supports_swa()
+
+
+def test_use_flash_is_deprecated() -> None:
+    with pytest.warns(DeprecationWarning, match="flash_2"):
+        layer = Attention(d_model=16, n_heads=2, use_flash=True)
+    assert layer.backend.name == "flash_2"
+    assert Attention(d_model=16, n_heads=2, use_flash=False).backend.name is None
+    with pytest.warns(DeprecationWarning), pytest.raises(OLMoConfigurationError, match="flash_2"):
+        Attention(d_model=16, n_heads=2, use_flash=True, backend="torch")
+
+
+def test_packed_qkv_equals_three_tensors() -> None:
+    backend = TorchAttentionBackend(head_dim=4, n_heads=2, window_size=(2, 0))
+    qkv = torch.randn(2, 7, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    cu = torch.tensor([0, 3, 14], dtype=torch.int32)
+    outs = [backend(x, cu_doc_lens=cu) for x in (qkv, qkv.unbind(2))]
+    assert torch.equal(*outs)
+    grads = [torch.autograd.grad(o.square().sum(), qkv)[0] for o in outs]
+    assert torch.equal(*grads)
+
+
+def test_query_and_key_lengths_that_differ() -> None:
+    """A shard of two documents: its queries are the last ones of the keys that it needs."""
+    backend = TorchAttentionBackend(head_dim=4, n_heads=2)
+    q, k, v = (torch.randn(1, 12, 2, 4, dtype=torch.float64) for _ in range(3))
+    cu = torch.tensor([0, 7, 12], dtype=torch.int32)
+    whole = backend((q, k, v), cu_doc_lens=cu)
+    shard = backend(
+        (q[:, 5:10], k, v),
+        cu_doc_lens_q=torch.tensor([0, 2, 5], dtype=torch.int32),
+        cu_doc_lens_k=torch.tensor([0, 7, 10], dtype=torch.int32),
+        max_doc_len_q=3, max_doc_len_k=7, local_k_slice=slice(0, 10),
+    )  # fmt: skip
+    assert relative(shard, whole[:, 5:10]) < 1e-14
+
+
+def qkv(t: int = 6) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(1, t, 2, 4) for _ in range(3))
+
+
+CU = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "match"),
+    [
+        ((torch.randn(1, 6, 2, 2, 4),), {}, ValueError, "Packed qkv"),
+        ((torch.randn(1, 6, 2, 4),), {}, ValueError, "Packed qkv"),
+        (((*qkv()[:2], torch.randn(1, 6, 3, 4)),), {}, ValueError, "v must have shape"),
+        ((tuple(x[..., :3] for x in qkv()),), {}, ValueError, "q must have shape"),
+        ((tuple(x[:, :0] for x in qkv()),), {}, ValueError, "empty"),
+        ((qkv(),), {"max_doc_len": 6}, ValueError, "without the lengths"),
+        ((qkv(),), {"max_doc_len_q": 6}, ValueError, "without the lengths"),
+        ((qkv(),), {"local_k_slice": slice(0, 3)}, ValueError, "without the lengths"),
+        ((qkv(),), {"cu_doc_lens_q": CU}, ValueError, "required together"),
+        ((qkv(),), {"cu_doc_lens": CU, "cu_doc_lens_q": CU}, ValueError, "not both"),
+        ((qkv(),), {"cu_doc_lens_q": CU, "cu_doc_lens_k": CU[:2]}, ValueError, "each segment"),
+        ((qkv(),), {"cu_doc_lens": CU, "max_doc_len": 3}, ValueError, "max_doc_len=3"),
+        ((qkv(),), {"cu_doc_lens": CU.to("meta")}, ValueError, "input's device"),
+        (((qkv(5)[0], *qkv()[1:]),), {"cu_doc_lens": CU}, ValueError, "must end at"),
+    ],
+)
+def test_bad_calls(args: Any, kwargs: Any, error: type[Exception], match: str) -> None:
+    backend = TorchAttentionBackend(head_dim=4, n_heads=2)
+    with pytest.raises(error, match=match):
+        backend(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"head_dim": 0, "n_heads": 2},
+        {"head_dim": 4, "n_heads": 3, "n_kv_heads": 2},
+        {"head_dim": 4, "n_heads": 2, "n_kv_heads": 0},
+        {"head_dim": 4, "n_heads": 2, "dropout_p": 1.0},
+        {"head_dim": 4, "n_heads": 2, "window_size": (3, 3)},
+        {"head_dim": 4, "n_heads": 2, "window_size": (-2, 0)},
+        {"head_dim": 4, "n_heads": 2, "window_size": (5, -1)},
+    ],
+)
+def test_bad_options(kwargs: Any) -> None:
+    with pytest.raises(OLMoConfigurationError, match="got"):
+        TorchAttentionBackend(**kwargs)
+
+
+def test_apply_cp_is_refused_with_the_reason() -> None:
+    backend = TorchAttentionBackend(head_dim=4, n_heads=2)
+    with pytest.raises(ValueError, match="needs a style"):
+        backend.apply_cp(None)
+    with pytest.raises(RuntimeError, match="ring_cp"):
+        backend.apply_cp(None, ring=object())
