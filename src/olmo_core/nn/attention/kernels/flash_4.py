@@ -1,0 +1,91 @@
+"""FlashAttention-4: the CuTe kernels of ``flash-attn-4``.
+
+Forward runs from Ampere on, backward from Hopper on. The first call of each combination of
+head_dim, dtype, mask and layout compiles for some seconds.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmo_core.nn.attention.kernels.library_args import (
+    batched,
+    empty_backward,
+    empty_forward,
+    flat,
+    is_empty,
+    window_offsets,
+)
+from olmo_core.nn.attention.kernels.torch_ops import no_rng
+from olmo_core.nn.attention.segments import Segments
+
+__all__ = ["KERNEL", "Flash4Kernel"]
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """``flash_attn.cute.interface``.
+
+    :raises ImportError: If it can't be imported.
+    """
+    from flash_attn.cute import interface
+
+    return interface
+
+
+class Flash4Kernel:
+    """See :class:`Kernel`. No dropout."""
+
+    name = "flash_4"
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, s: Segments, *, scale: float, dropout_p: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`Kernel.forward`."""
+        assert not dropout_p
+        if is_empty(q, k):
+            return *empty_forward(q), no_rng(q)
+        # More values follow out and lse in newer versions.
+        out, lse, *_ = library()._flash_attn_fwd(
+            *flat(s, q, k, v), softmax_scale=scale, return_lse=True, **_mask(s)
+        )
+        out, lse = batched(s, out, lse)
+        return out, lse.contiguous(), no_rng(q)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng: Tensor,
+        s: Segments, *, scale: float, dropout_p: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See :meth:`Kernel.backward`."""
+        if is_empty(q, k):
+            return empty_backward(q, k, v)
+        dout, q, k, v, out, lse = flat(s, dout, q, k, v, out, lse)
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        library()._flash_attn_bwd(
+            q, k, v, out, dout, lse, softmax_scale=scale, dq=dq, dk=dk, dv=dv,
+            deterministic=torch.are_deterministic_algorithms_enabled(), **_mask(s),
+        )  # fmt: skip
+        dq, dk, dv = batched(s, dq, dk, dv)
+        return dq, dk, dv
+
+
+def _mask(s: Segments) -> dict[str, Any]:
+    """Here None is unlimited, and a window already says that it is causal."""
+    left, right = window_offsets(s, None)
+    mask: dict[str, Any] = {
+        "causal": s.causal and left is None,
+        "window_size_left": left,
+        "window_size_right": right,
+    }
+    if s.cu_q is not None:
+        mask.update(
+            cu_seqlens_q=s.cu_q, cu_seqlens_k=s.cu_k, max_seqlen_q=s.max_q, max_seqlen_k=s.max_k
+        )
+    return mask
+
+
+KERNEL = Flash4Kernel()

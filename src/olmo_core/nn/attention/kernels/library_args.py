@@ -1,0 +1,46 @@
+"""What the flash-attention libraries have in common: shapes, windows, empty problems."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from olmo_core.nn.attention.segments import Segments
+
+__all__ = ["batched", "empty_backward", "empty_forward", "flat", "is_empty", "window_offsets"]
+
+
+def flat(s: Segments, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The libraries take flattened problems without their batch of 1."""
+    return tensors if s.cu_q is None else tuple(x[0] for x in tensors)
+
+
+def batched(s: Segments, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The inverse of :func:`flat`."""
+    return tensors if s.cu_q is None else tuple(x[None] for x in tensors)
+
+
+def window_offsets(s: Segments, unlimited: int | None) -> tuple[int | None, int | None]:
+    """A window as inclusive offsets left and right of a query's own position."""
+    window = s.effective_window
+    return (unlimited, unlimited) if window < 0 else (window - 1, 0)
+
+
+def is_empty(q: Tensor, k: Tensor) -> bool:
+    """Whether there is no query or no key: the libraries launch empty grids, or refuse."""
+    return not q.numel() or not k.numel()
+
+
+def empty_forward(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of queries that see no key."""
+    b, t, h, _ = q.shape
+    lse = torch.full((b, h, t), -math.inf, dtype=torch.float32, device=q.device)
+    return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
+
+
+def empty_backward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`empty_forward`."""
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv

@@ -1,0 +1,410 @@
+"""qk-norm and RoPE as one op: RMS statistic, weight and rotation in a single pass over q and k.
+
+Around eager attention these element-wise steps cost more than the attention: each reads and writes
+all of q and k. Here forward reads and writes them once, and backward reads two tensors and writes
+one. The op has two phases. The *statistic*, a sum of squares, is taken inside the kernel, or passed
+in by whoever shares the width of a norm with other ranks (:func:`row_stat`, then a differentiable
+all-reduce). The rest is *apply*.
+
+**Rounding.** All arithmetic is float32 and the result is rounded once, at the end. A norm module
+followed by a RoPE module rounds to the inputs' dtype twice, so in half precision the two differ by
+about one unit in the last place, this op being the closer to float64.
+
+:func:`qk_norm_rope_reference` is the readable form with the same signature: any device, any dtype,
+differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["qk_norm_rope", "qk_norm_rope_reference", "rope_only", "row_stat", "supported"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MAX_ROW = 32768  # elements of one token's heads that a program can hold in registers
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_LIB = torch.library.Library("olmo_core", "FRAGMENT")
+
+
+def supported(q: Tensor, k: Tensor, *, rotary_dim: int | None = None) -> str | None:
+    """Why the kernels can't serve these tensors, or None if they can.
+
+    :param q: ``(B, T, H, D)``.
+    :param k: ``(B, T, Hkv, D)``.
+    :param rotary_dim: Width of the RoPE table, if there is one.
+    """
+    if not _HAS_TRITON:
+        return "triton is not installed: pip install triton"
+    if not (q.is_cuda or _INTERPRETED):
+        return f"the kernels run on CUDA tensors, these are on {q.device.type}"
+    if q.dtype not in _DTYPES or k.dtype not in _DTYPES:
+        return f"the kernels compute in float32 and take no {q.dtype}"
+    if q.shape[3] % 2 or (rotary_dim is not None and rotary_dim % 2):
+        return f"head_dim and rotary_dim must be even, got {q.shape[3]} and {rotary_dim}"
+    if max(q.shape[2], k.shape[2]) * q.shape[3] > _MAX_ROW:
+        return f"a token's heads must fit in {_MAX_ROW} elements, got {q.shape[2]} x {q.shape[3]}"
+    return None
+
+
+def row_stat(q: Tensor, k: Tensor) -> Tensor:
+    """The first phase: sums of squares over each token's heads, ``(B, T, 2)`` float32, for q and k.
+
+    Differentiable. Where heads are sharded, sum it over the ranks (differentiably) and pass it to
+    :func:`qk_norm_rope` with the global widths.
+
+    :param q: ``(B, T, H, D)``.
+    :param k: ``(B, T, Hkv, D)``.
+    """
+    # vector_norm reduces half-precision inputs in float32 without a float32 copy of them.
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    norms = [torch.linalg.vector_norm(x, dim=(-2, -1), dtype=dtype) for x in (q, k)]
+    return torch.stack(norms, dim=-1).square()
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float | None,
+    per_head: bool,
+    sin: Tensor | None = None,
+    cos: Tensor | None = None,
+    positions: Tensor | None = None,
+    rotary_dim: int | None = None,
+    stats: Tensor | None = None,
+    widths: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RMS-normalise q and k, multiply by the weights, rotate by position; each step is optional.
+
+    ``y = x * rsqrt(mean(x^2) + eps) * weight``, then for the first ``R`` columns of each head
+    ``y * cos + rotate_half(y) * sin``, where ``rotate_half([a, b]) = [-b, a]`` (Su et al.,
+    RoFormer, 2021, in the layout of GPT-NeoX). The last dimension of q and k must be contiguous;
+    other strides are free, so q and k may be slices of one projection. Differentiable once with
+    respect to q, k, the weights and ``stats``.
+
+    :param q: ``(B, T, H, D)``, bfloat16, float16 or float32.
+    :param k: ``(B, T, Hkv, D)``.
+    :param q_weight: ``(H * D,)``, or ``(D,)`` where ``per_head``; any float dtype.
+    :param k_weight: ``(Hkv * D,)`` or ``(D,)``.
+    :param eps: Added to the mean square; None to leave out the norm.
+    :param per_head: Normalise each head by itself; otherwise all heads of a token together.
+    :param sin: ``(L, R)`` or ``(L, R / 2)`` table. Only the first half of a row is read, since the
+        second repeats it.
+    :param cos: Likewise.
+    :param positions: ``(T,)`` or ``(B, T)`` integers: the table's row for each token, below L (not
+        checked). None takes row t for token t, which is also how tables that are already sharded by
+        token are passed.
+    :param rotary_dim: R, by default the table's width.
+    :param stats: ``(B, T, 2)`` float32 sums of squares to use instead of the inputs' own.
+    :param widths: How many elements ``stats`` sums over, for q and k.
+    :returns: q and k, contiguous, each in its dtype.
+    :raises ValueError: If shapes do not fit together.
+    """
+    rotary_dim = _rotary_dim(q, sin, rotary_dim)
+    _check(q, k, q_weight, k_weight, eps, per_head, sin, cos, positions, rotary_dim, stats, widths)
+    width_q, width_k = _widths(q, k, per_head, widths)
+    q_out, k_out, _ = torch.ops.olmo_core.qk_norm_rope(
+        q, k, q_weight, k_weight, sin, cos, positions, stats, rotary_dim, width_q, width_k, eps,
+        per_head,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def rope_only(
+    q: Tensor,
+    k: Tensor,
+    sin: Tensor,
+    cos: Tensor,
+    positions: Tensor | None = None,
+    *,
+    rotary_dim: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RoPE alone, see :func:`qk_norm_rope`. Saves no activations: backward rotates the other way.
+
+    :raises ValueError: If shapes do not fit together.
+    """
+    rotary_dim = _rotary_dim(q, sin, rotary_dim)
+    _check(q, k, None, None, None, False, sin, cos, positions, rotary_dim, None, None)
+    return torch.ops.olmo_core.rope(q, k, sin, cos, positions, rotary_dim, False)
+
+
+def qk_norm_rope_reference(
+    q: Tensor,
+    k: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float | None,
+    per_head: bool,
+    sin: Tensor | None = None,
+    cos: Tensor | None = None,
+    positions: Tensor | None = None,
+    rotary_dim: int | None = None,
+    stats: Tensor | None = None,
+    widths: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`qk_norm_rope` in torch: float64 stays float64, all else is computed in float32."""
+    rotary_dim = _rotary_dim(q, sin, rotary_dim)
+    _check(q, k, q_weight, k_weight, eps, per_head, sin, cos, positions, rotary_dim, stats, widths)
+    outs = []
+    for i, (x, weight) in enumerate(((q, q_weight), (k, k_weight))):
+        y = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if eps is not None:
+            if stats is not None and widths is not None:
+                mean = stats[..., i, None, None] / widths[i]
+            else:
+                mean = y.square().mean(-1 if per_head else (-2, -1), keepdim=True)
+            y = y * torch.rsqrt(mean + eps)
+        if weight is not None:
+            y = y * (weight if per_head else weight.view(x.shape[2:])).to(y.dtype)
+        if sin is not None and cos is not None:
+            y = _rotate(y, sin, cos, positions, rotary_dim)
+        outs.append(y.to(x.dtype).contiguous())
+    return outs[0], outs[1]
+
+
+def _rotate(
+    x: Tensor, sin: Tensor, cos: Tensor, positions: Tensor | None, rotary_dim: int
+) -> Tensor:
+    half = rotary_dim // 2
+    rows = slice(x.shape[1]) if positions is None else positions.long()
+    s, c = (table[rows][..., None, :half].to(x.dtype) for table in (sin, cos))
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * c - second * s, second * c + first * s, rest], dim=-1)
+
+
+def _rotary_dim(q: Tensor, sin: Tensor | None, rotary_dim: int | None) -> int:
+    if sin is None:
+        return q.shape[3]
+    return sin.shape[-1] if rotary_dim is None else rotary_dim
+
+
+def _widths(
+    q: Tensor, k: Tensor, per_head: bool, widths: tuple[int, int] | None
+) -> tuple[int, int]:
+    if widths is not None:
+        return widths
+    dim = q.shape[3]
+    return (dim, dim) if per_head else (q.shape[2] * dim, k.shape[2] * dim)
+
+
+def _check(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float | None,
+    per_head: bool, sin: Tensor | None, cos: Tensor | None, positions: Tensor | None,
+    rotary_dim: int, stats: Tensor | None, widths: tuple[int, int] | None,
+) -> None:  # fmt: skip
+    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "Expected q (B, T, H, D) and k (B, T, Hkv, D) that agree in B, T and D, got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    for name, x, weight in (("q_weight", q, q_weight), ("k_weight", k, k_weight)):
+        size = x.shape[3] if per_head else x.shape[2] * x.shape[3]
+        if weight is not None and weight.shape != (size,):
+            raise ValueError(
+                f"{name} must have shape ({size},) with per_head={per_head}, got "
+                f"{tuple(weight.shape)}."
+            )
+    if (sin is None) != (cos is None) or (sin is None and positions is not None):
+        raise ValueError("sin and cos come together, and positions need both.")
+    if sin is not None and cos is not None:
+        batch, tokens = q.shape[:2]
+        if rotary_dim % 2 or not 0 < rotary_dim <= q.shape[3]:
+            raise ValueError(f"rotary_dim must be even and at most {q.shape[3]}, got {rotary_dim}.")
+        wide = sin.dim() == 2 and sin.shape[1] in (rotary_dim, rotary_dim // 2)
+        if not wide or sin.shape != cos.shape:
+            raise ValueError(
+                f"sin and cos must be tables (L, {rotary_dim}) or (L, {rotary_dim // 2}), got "
+                f"{tuple(sin.shape)} and {tuple(cos.shape)}."
+            )
+        if positions is None and sin.shape[0] < tokens:
+            raise ValueError(
+                f"The table has {sin.shape[0]} rows for {tokens} tokens: make it longer."
+            )
+        if positions is not None and positions.shape not in ((tokens,), (batch, tokens)):
+            raise ValueError(
+                f"positions must be ({tokens},) or ({batch}, {tokens}), got "
+                f"{tuple(positions.shape)}."
+            )
+    if stats is not None and (eps is None or per_head or widths is None):
+        raise ValueError(
+            "stats replace the sums over a token's whole width: they need eps, widths and "
+            "per_head=False. A norm per head needs no other rank."
+        )
+
+
+def _rows(*tensors: Tensor | None) -> list[Any]:
+    """The kernels read rows: the last dimension must be contiguous."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[Any, Any]:
+    sin, cos = _rows(sin, cos)
+    if sin is not None and sin.stride() != cos.stride():
+        sin, cos = sin.contiguous(), cos.contiguous()
+    return sin, cos
+
+
+def _statistics(q: Tensor, k: Tensor, eps: float | None, per_head: bool) -> Tensor:
+    """Room for 1 / rms of each norm: ``(B, T, 2)``, ``(B, T, H + Hkv)`` per head, or nothing."""
+    if eps is None:
+        return q.new_empty((0,), dtype=torch.float32)
+    count = q.shape[2] + k.shape[2] if per_head else 2
+    return q.new_empty((*q.shape[:2], count), dtype=torch.float32)
+
+
+def _forward(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, sin: Tensor | None,
+    cos: Tensor | None, positions: Tensor | None, stats: Tensor | None, rotary_dim: int,
+    width_q: int, width_k: int, eps: float | None, per_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from olmo_core.nn.attention.kernels.rope_qk_norm_triton import launch_forward
+
+    rstd = _statistics(q, k, eps, per_head)
+    squares = None if stats is None else stats.contiguous()
+    args = [*_rows(q, k, q_weight, k_weight), *_tables(sin, cos), *_rows(positions), squares]
+    args.append(None if eps is None else rstd)
+    q_out, k_out = launch_forward(
+        args, rotary_dim=rotary_dim, width_q=width_q, width_k=width_k, eps=eps or 0.0,
+        per_head=per_head,
+    )  # fmt: skip
+    return q_out, k_out, rstd
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, sin: Tensor | None,
+    cos: Tensor | None, positions: Tensor | None, stats: Tensor | None, rotary_dim: int,
+    width_q: int, width_k: int, eps: float | None, per_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), _statistics(q, k, eps, per_head)
+
+
+def _backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None,
+    k_weight: Tensor | None, sin: Tensor | None, cos: Tensor | None, positions: Tensor | None,
+    rstd: Tensor, given: bool, rotary_dim: int, width_q: int, width_k: int, per_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from olmo_core.nn.attention.kernels.rope_qk_norm_triton import launch_backward
+
+    args = [*_rows(dq_out, dk_out, q, k, q_weight, k_weight), *_tables(sin, cos)]
+    args += [*_rows(positions), rstd if rstd.dim() > 1 else None]
+    grads = launch_backward(
+        args, given=given, rotary_dim=rotary_dim, width_q=width_q, width_k=width_k,
+        per_head=per_head,
+    )  # fmt: skip
+    dq, dk, *rest = grads
+    dq_weight, dk_weight, dstats = (q.new_empty((0,)) if x is None else x for x in rest)
+    return dq, dk, dq_weight, dk_weight, dstats
+
+
+def _backward_fake(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None,
+    k_weight: Tensor | None, sin: Tensor | None, cos: Tensor | None, positions: Tensor | None,
+    rstd: Tensor, given: bool, rotary_dim: int, width_q: int, width_k: int, per_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    weights = [
+        q.new_empty((0,)) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight)
+    ]
+    dstats = rstd.new_empty(rstd.shape) if given else q.new_empty((0,))
+    return q.new_empty(q.shape), k.new_empty(k.shape), weights[0], weights[1], dstats
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, stats, rotary_dim, width_q, width_k, _, per_head = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.rest = (stats is not None, rotary_dim, width_q, width_k, per_head)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    q, k, q_weight, k_weight, sin, cos, positions, rstd = ctx.saved_tensors
+    dq, dk, dq_weight, dk_weight, dstats = torch.ops.olmo_core.qk_norm_rope_backward(
+        dq_out, dk_out, q, k, q_weight, k_weight, sin, cos, positions, rstd, *ctx.rest
+    )
+    return (
+        dq,
+        dk,
+        None if q_weight is None else dq_weight,
+        None if k_weight is None else dk_weight,
+        *(None, None, None),
+        dstats if ctx.rest[0] else None,
+        *(None,) * 5,
+    )
+
+
+def _refuse(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "qk_norm_rope is differentiable once, and a second derivative was asked for. For double "
+        "backward use qk_norm_rope_reference."
+    )
+
+
+def _rope(
+    q: Tensor, k: Tensor, sin: Tensor, cos: Tensor, positions: Tensor | None, rotary_dim: int,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from olmo_core.nn.attention.kernels.rope_qk_norm_triton import launch_forward
+
+    args = [*_rows(q, k), None, None, *_tables(sin, cos), *_rows(positions), None, None]
+    return launch_forward(args, rotary_dim=rotary_dim, inverse=inverse)
+
+
+def _rope_fake(
+    q: Tensor, k: Tensor, sin: Tensor, cos: Tensor, positions: Tensor | None, rotary_dim: int,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _rope_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, sin, cos, positions, ctx.rotary_dim, ctx.inverse = inputs
+    ctx.save_for_backward(sin, cos, positions)
+
+
+def _rope_differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk = torch.ops.olmo_core.rope(
+        dq_out, dk_out, *ctx.saved_tensors, ctx.rotary_dim, not ctx.inverse
+    )
+    return dq, dk, *(None,) * 5
+
+
+def _register() -> None:
+    inputs = "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? sin, Tensor? cos"
+    both = ("CPU", "CUDA")  # on the CPU only under Triton's interpreter: see `supported`
+    _LIB.define(
+        f"qk_norm_rope({inputs}, Tensor? positions, Tensor? stats, SymInt rotary_dim, "
+        "SymInt width_q, SymInt width_k, float? eps, bool per_head) -> (Tensor, Tensor, Tensor)"
+    )
+    _LIB.define(
+        f"qk_norm_rope_backward(Tensor dq_out, Tensor dk_out, {inputs}, Tensor? positions, "
+        "Tensor rstd, bool given, SymInt rotary_dim, SymInt width_q, SymInt width_k, "
+        "bool per_head) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    _LIB.define(
+        "rope(Tensor q, Tensor k, Tensor sin, Tensor cos, Tensor? positions, SymInt rotary_dim, "
+        "bool inverse) "
+        "-> (Tensor, Tensor)"
+    )
+    ops = (
+        ("qk_norm_rope", _forward, _forward_fake, _differentiate, _save),
+        ("qk_norm_rope_backward", _backward, _backward_fake, _refuse, None),
+        ("rope", _rope, _rope_fake, _rope_differentiate, _rope_save),
+    )
+    for name, run, fake, differentiate, save in ops:
+        for key in both:
+            _LIB.impl(name, run, key)
+        torch.library.register_fake(f"olmo_core::{name}", fake, lib=_LIB)
+        torch.library.register_autograd(
+            f"olmo_core::{name}", differentiate, setup_context=save, lib=_LIB
+        )
+
+
+_register()

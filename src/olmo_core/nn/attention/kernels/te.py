@@ -1,0 +1,125 @@
+"""Transformer Engine: cuDNN's attention through ``fused_attn_fwd`` and ``fused_attn_bwd``.
+
+These two are the block primitive below ``DotProductAttention``: they hand out the log-sum-exp and
+take it back. cuDNN plans once for each kind and size of problem.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmo_core.nn.attention.kernels.library_args import (
+    batched,
+    empty_backward,
+    empty_forward,
+    flat,
+    is_empty,
+    window_offsets,
+)
+from olmo_core.nn.attention.kernels.torch_ops import no_rng
+from olmo_core.nn.attention.segments import Segments
+
+__all__ = ["KERNEL", "TEKernel"]
+
+
+@lru_cache(maxsize=1)
+def library() -> ModuleType:
+    """``transformer_engine.pytorch.cpp_extensions.fused_attn``.
+
+    :raises ImportError: If it can't be imported.
+    """
+    import transformer_engine.pytorch  # noqa: F401  (loads the shared libraries)
+    from transformer_engine.pytorch.cpp_extensions import fused_attn
+
+    return fused_attn
+
+
+class TEKernel:
+    """See :class:`Kernel`. No dropout: its generator state can't be replayed."""
+
+    name = "te"
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, s: Segments, *, scale: float, dropout_p: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`Kernel.forward`."""
+        assert not dropout_p
+        if is_empty(q, k):
+            return *empty_forward(q), no_rng(q)
+        q, k, v = (x.contiguous() for x in flat(s, q, k, v))  # its layouts imply the strides
+        options, lengths = _options(s, q, k, scale)
+        out, aux, *_ = library().fused_attn_fwd(
+            True, s.max_q, s.max_k, *lengths, q, k, v, q.dtype, _backend(), **options
+        )
+        lse = aux[0].squeeze(-1)
+        if s.cu_q is not None:
+            lse = lse.transpose(0, 1)
+        out, lse = batched(s, out, lse)
+        return out, lse.contiguous(), no_rng(q)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng: Tensor,
+        s: Segments, *, scale: float, dropout_p: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """See :meth:`Kernel.backward`."""
+        if is_empty(q, k):
+            return empty_backward(q, k, v)
+        dout, q, k, v, out = (x.contiguous() for x in flat(s, dout, q, k, v, out))
+        (lse,) = flat(s, lse)
+        if s.cu_q is not None:
+            lse = lse.transpose(0, 1)
+        no_dropout = torch.zeros(2, dtype=torch.int64, device=q.device)
+        options, lengths = _options(s, q, k, scale)
+        layout = options["o_format"]
+        dq, dk, dv, *_ = library().fused_attn_bwd(
+            s.max_q, s.max_k, *lengths, q, k, v, out, dout, q.dtype,
+            [lse.contiguous()[..., None], no_dropout], _backend(), do_format=layout,
+            dqkv_layout=options["qkv_layout"],
+            deterministic=torch.are_deterministic_algorithms_enabled(), **options,
+        )  # fmt: skip
+        dq, dk, dv = batched(s, dq, dk, dv)
+        return dq, dk, dv
+
+
+def _backend() -> Any:
+    return library().FusedAttnBackend["F16_arbitrary_seqlen"]
+
+
+def _options(
+    s: Segments, q: Tensor, k: Tensor, scale: float
+) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    """The arguments that forward and backward share, and both cumulative lengths."""
+    left, right = window_offsets(s, -1)
+    if s.causal:
+        right = 0
+    options: dict[str, Any] = {
+        "attn_scale": scale,
+        "window_size": (left, right),
+        "bottom_right_diagonal": s.causal,
+    }
+    if s.cu_q is not None and s.cu_k is not None:
+        mask = "padding_causal_bottom_right" if s.causal else "padding"
+        options.update(
+            attn_mask_type=mask, qkv_layout="thd_thd_thd", o_format="thd",
+            cu_seqlens_q_padded=s.cu_q, cu_seqlens_kv_padded=s.cu_k,
+        )  # fmt: skip
+        return options, (s.cu_q, s.cu_k)
+    square = q.shape[1] == k.shape[1]
+    mask = "no_mask" if not s.causal else "causal" if square else "causal_bottom_right"
+    options.update(attn_mask_type=mask, qkv_layout="bshd_bshd_bshd", o_format="bshd")
+    options["bottom_right_diagonal"] = s.causal and not square
+    return options, (_even(q), _even(k))
+
+
+def _even(x: Tensor) -> Tensor:
+    """Cumulative lengths of a dense batch."""
+    b, t = x.shape[:2]
+    return torch.arange(0, b * t + 1, t, dtype=torch.int32, device=x.device)
+
+
+KERNEL = TEKernel()
