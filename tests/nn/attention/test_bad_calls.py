@@ -186,7 +186,7 @@ CONFIGURATION: dict[str, Case] = {
     ),
     "stepwise bounds crossed": (
         lambda: RoPEConfig(
-            scaling=StepwiseRoPEScalingConfig(low_freq_proportion=0.5, high_freq_proportion=0.25)
+            scaling=StepwiseRoPEScalingConfig(low_freq_proportion=0.8, high_freq_proportion=0.25)
         ).build(8),
         CONFIG,
         r"low_freq_proportion",
