@@ -1,0 +1,182 @@
+"""``olmo-core verify``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from olmo_core.exceptions import OLMoConfigurationError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from olmo_core.diagnostics.verify import Cell, Outcome
+
+
+def command(
+    backend: Annotated[
+        list[str] | None,
+        typer.Option("--backend", "-b", help="Only this backend; may be given several times."),
+    ] = None,
+    mixer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mixer",
+            "-m",
+            help="Only this class (attention, normalized, fused, gated_delta_net, kernel) or "
+            "layer; may be given several times.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Default: CUDA if there is a device, else the CPU."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="float32 and bfloat16, and fewer layers.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every cell to a file.")
+    ] = None,
+) -> None:
+    """Check the promise on this machine: packed = separate = sharded = cached = the reference.
+
+    Every row is a layer and a property, every column a dtype. A cell is an error and the bound that
+    it must keep: a few times the error that a plain implementation has in the same precision
+    against float64. Exits with 1 if a cell fails.
+    """
+    # cuBLAS is deterministic only if it is told before its first call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    from olmo_core.cli import tables
+    from olmo_core.diagnostics import machine as machines
+    from olmo_core.diagnostics import verify
+
+    backends = [machines.checked_backend(name) for name in backend or ()]
+    todo = verify.cells(mixer or None, backends or None, quick=quick)
+    if not todo:
+        raise OLMoConfigurationError(
+            "Nothing to verify: the gated delta net runs on the torch backend alone."
+        )
+    where = machines.checked_device(device)
+    if json_file is not None:
+        machines.checked_output("--json", json_file)
+
+    console = tables.console()
+    facts = machines.describe(where)
+    console.print(str(facts), style="dim", markup=False)
+    outcomes, interrupted = _run(todo, where)
+    _print_tables(console, outcomes)
+    _print_skipped(console, outcomes)
+    failed = _print_failed(console, outcomes)
+    passed = sum(o.status == "passed" for o in outcomes)
+    seconds = sum(o.seconds for o in outcomes)
+    verdict = f"{passed} cells passed, {failed} failed, {len(outcomes) - passed - failed} skipped"
+    style = "bold red" if failed or not passed else "bold green"
+    console.print(f"{verdict} in {seconds:.0f} s", style=style)
+    if json_file is not None:
+        rows = [o.as_dict() for o in outcomes]
+        tables.write_json(json_file, {"machine": facts.as_dict(), "cells": rows})
+    if interrupted:
+        console.print(f"interrupted: {len(todo) - len(outcomes)} cells were not checked")
+        raise typer.Exit(130)
+    if not passed and not failed:
+        console.print("Nothing could be checked here: see the reasons above.")
+    if failed or not passed:
+        raise typer.Exit(1)
+
+
+def _run(todo: list[Cell], device: torch.device) -> tuple[list[Outcome], bool]:
+    """The outcomes so far, and whether the user stopped."""
+    from olmo_core.cli.tables import progress
+    from olmo_core.diagnostics.verify import run
+
+    outcomes: list[Outcome] = []
+    with progress() as bar:
+        task = bar.add_task("", total=len(todo))
+        try:
+            for outcome in run(todo, device):
+                outcomes.append(outcome)
+                bar.update(task, advance=1, description=str(outcome.cell)[:44])
+        except KeyboardInterrupt:
+            return outcomes, True
+    return outcomes, False
+
+
+def _print_tables(console: Console, outcomes: list[Outcome]) -> None:
+    """One table for each backend of which something ran: rows in the order of the cells."""
+    from rich import box
+    from rich.table import Table
+
+    from olmo_core.config import DType
+
+    ran = [o for o in outcomes if o.status != "skipped"]
+    for backend in dict.fromkeys(o.cell.backend for o in ran):
+        mine = [o for o in ran if o.cell.backend == backend]
+        dtypes = list(dict.fromkeys(o.cell.dtype for o in mine))
+        table = Table(
+            title=f"{backend}: error ≤ bound",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        table.add_column("mixer", no_wrap=True)
+        table.add_column("property", no_wrap=len(dtypes) < 5)
+        for dtype in dtypes:
+            table.add_column(str(DType.from_pt(dtype)), no_wrap=True)
+        rows: dict[tuple[str, str], dict[torch.dtype, str]] = {}
+        for o in mine:
+            rows.setdefault((o.cell.mixer, o.cell.title), {})[o.cell.dtype] = _cell(o)
+        above = None
+        for (mixer, title), row in rows.items():
+            if above is not None and mixer != above:
+                table.add_section()
+            name = "" if mixer == above else mixer
+            table.add_row(name, title, *(row.get(d, "[dim]skipped[/]") for d in dtypes))
+            above = mixer
+        console.print(table)
+
+
+def _cell(o: Outcome) -> str:
+    from olmo_core.cli.tables import number
+
+    color = "green" if o.status == "passed" else "bold red"
+    if o.error is None or o.bound is None:
+        return f"[{color}]raised[/]"
+    sign = "≤" if o.status == "passed" else ">"
+    return f"[{color}]{number(o.error)} {sign} {number(o.bound, 0)}[/]"
+
+
+def _print_skipped(console: Console, outcomes: list[Outcome]) -> None:
+    """Every reason once for each backend, and what it is about where that is not everything."""
+    skipped = [o for o in outcomes if o.status == "skipped"]
+    if skipped:
+        console.print("skipped, and why", style="bold")
+    for backend in dict.fromkeys(o.cell.backend for o in skipped):
+        mine = [o for o in skipped if o.cell.backend == backend]
+        console.print(f"{backend}: {len(mine)} cells", markup=False)
+        for reason in dict.fromkeys(r for o in mine for r in o.reasons):
+            about = [o for o in mine if reason in o.reasons]
+            titles = list(dict.fromkeys(o.cell.title for o in about))
+            what = f"{', '.join(titles)}: " if len(about) < len(mine) and len(titles) < 4 else ""
+            console.print(f"  - {what}{reason}", markup=False, style="dim")
+
+
+def _print_failed(console: Console, outcomes: list[Outcome]) -> int:
+    from olmo_core.cli.tables import number
+
+    failed = [o for o in outcomes if o.status == "failed"]
+    for o in failed:
+        console.print(f"FAILED {o.cell}", style="bold red", markup=False)
+        for reason in o.reasons:
+            console.print(f"  {reason}", markup=False)
+        if o.error is not None and o.bound is not None:
+            allowed = f"and {number(o.bound)} is allowed"
+            console.print(f"  {o.tensor} is off by {number(o.error)}, {allowed}", markup=False)
+    for mixer, backend in dict.fromkeys((o.cell.mixer, o.cell.backend) for o in failed):
+        again = f"olmo-core verify --mixer {mixer} --backend {backend}"
+        console.print(f"again: {again}", markup=False)
+    return len(failed)

@@ -1,0 +1,1 @@
+"""What ``doctor``, ``verify`` and ``bench`` find out, as values: nothing here prints."""

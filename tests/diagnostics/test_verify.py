@@ -1,0 +1,166 @@
+"""``verify`` sees what is broken: each kernel here is wrong in one way, and one way alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from olmo_core.diagnostics.verify import KERNEL, Cell, Outcome, cells, mixer_names, run
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention.capabilities import CAPABILITIES, Feature
+from olmo_core.nn.attention.kernels import get_kernel, register_kernel
+from olmo_core.nn.attention.segments import Segments
+
+CPU = torch.device("cpu")
+
+
+class Broken:
+    """Torch's kernel with a fault of ``kind``."""
+
+    name = "torch"
+
+    def __init__(self, kind: str):
+        self.kind, self.good = kind, get_kernel("torch")
+
+    def segments(self, s: Segments, q: Tensor, k: Tensor) -> Segments:
+        if self.kind == "window off by one" and s.window > 0:
+            return replace(s, window=s.window + 1)
+        if self.kind == "documents leak" and s.cu_q is not None:
+            return Segments.dense(q.shape[1], k.shape[1], window=s.window)
+        return s
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, s: Segments, **kwargs: Any) -> Any:
+        out, lse, rng = self.good.forward(q, k, v, self.segments(s, q, k), **kwargs)
+        return out, lse / math.log(2) if self.kind == "lse in base 2" else lse, rng
+
+    def backward(self, dout: Tensor, *args: Any, **kwargs: Any) -> Any:
+        q, k, v, out, lse, rng, s = args
+        if self.kind == "lse in base 2":  # consistent with its own forward
+            lse = lse * math.log(2)
+        s = self.segments(s, q, k)
+        dq, dk, dv = self.good.backward(dout, q, k, v, out, lse, rng, s, **kwargs)
+        return dq, dk * 1.01 if self.kind == "dk" else dk, dv
+
+
+@pytest.fixture
+def broken() -> Iterator[Any]:
+    good = get_kernel("torch")
+    yield lambda kind: register_kernel(Broken(kind))
+    register_kernel(good)
+
+
+def check(mixers: list[str], dtype: torch.dtype = torch.float32) -> dict[tuple[str, str], Outcome]:
+    todo = [c for c in cells(mixers, ["torch"]) if c.dtype == dtype]
+    return {(o.cell.mixer, o.cell.prop): o for o in run(todo, CPU)}
+
+
+def failed(outcomes: dict[tuple[str, str], Outcome]) -> set[tuple[str, str]]:
+    return {key for key, o in outcomes.items() if o.status == "failed"}
+
+
+def test_nothing_fails_as_it_is() -> None:
+    outcomes = check(["kernel", "gqa", "window"])
+    assert not failed(outcomes)
+    skipped = {prop for (_, prop), o in outcomes.items() if o.status == "skipped"}
+    assert skipped == {"ring_cp", "ulysses_cp", "ring", "ulysses"}
+    assert all(o.reasons for o in outcomes.values() if o.status == "skipped")
+
+
+def test_leaking_documents_fail(broken: Any) -> None:
+    broken("documents leak")
+    wrong = failed(check(["kernel", "gqa"]))
+    assert {(KERNEL, "documents"), ("gqa", "documents"), ("gqa", "separate")} <= wrong
+    assert ("gqa", "whole") not in wrong and (KERNEL, "window") not in wrong
+
+
+def test_a_window_off_by_one_fails(broken: Any) -> None:
+    broken("window off by one")
+    wrong = failed(check(["kernel", "window", "window-70"]))
+    assert {(KERNEL, "window"), ("window", "whole"), ("window-70", "documents")} <= wrong
+    # Wrong alike in both, which is why there is a reference too.
+    assert ("window", "separate") not in wrong and (KERNEL, "backward") not in wrong
+
+
+def test_a_wrong_gradient_fails(broken: Any) -> None:
+    broken("dk")
+    outcomes = check(["kernel", "gqa"])
+    assert outcomes[KERNEL, "backward"].tensor == "dk"
+    assert {(KERNEL, "backward"), ("gqa", "whole"), ("gqa", "documents")} <= failed(outcomes)
+    assert not failed(outcomes) & {("gqa", "decode"), ("gqa", "chunks")}
+
+
+def test_a_wrong_log_sum_exp_fails_though_its_own_backward_undoes_it(broken: Any) -> None:
+    broken("lse in base 2")
+    assert failed(check(["kernel", "gqa"])) == {(KERNEL, "lse")}
+    assert (KERNEL, "lse") in failed(check(["kernel"], torch.bfloat16))
+
+
+def test_an_exception_is_a_failed_cell_and_the_others_go_on(
+    broken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of order\nmore")
+
+    monkeypatch.setattr(Broken, "backward", explode)
+    broken("none")
+    outcomes = check(["kernel"])
+    assert outcomes[KERNEL, "window"].reasons == ("RuntimeError: out of order",)
+    assert outcomes[KERNEL, "kv_cache"].status == "passed"
+
+
+def test_nan_fails(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Broken, q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out, lse, rng = self.good.forward(q, *args, **kwargs)
+        out[0, 3] = math.nan
+        return out, lse, rng
+
+    monkeypatch.setattr(Broken, "forward", forward)
+    broken("none")
+    outcome = check(["kernel"])[KERNEL, "window"]
+    assert outcome.status == "failed"
+    assert outcome.as_dict()["error"] == "nan"
+
+
+def test_cells_come_from_the_capability_table() -> None:
+    for name, c in CAPABILITIES.items():
+        mine = cells(backends=[name])
+        assert {x.dtype for x in mine} == set(c.dtypes)
+        assert {x.prop for x in mine if x.mixer == KERNEL} == {str(f) for f in Feature}
+        assert {x.mixer for x in mine if "gdn" in x.mixer} == (
+            {"gdn", "gdn-plain"} if name == "torch" else set()
+        )
+
+
+def test_an_absent_backend_is_skipped_with_every_reason() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("about machines without a GPU")
+    todo = [Cell(KERNEL, "flash_3", torch.bfloat16, "dropout")]
+    (outcome,) = run(todo, CPU)
+    assert outcome.status == "skipped"
+    assert len(outcome.reasons) == 3 and "no dropout" in outcome.reasons[-1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        (["fused"], ["fused", "fused-window"]),
+        (["window", "kernel"], ["kernel", "window"]),
+        (["normalized"], ["ngpt", "ngpt-window"]),
+        (["gated_delta_net"], ["gdn", "gdn-plain"]),
+    ],
+)
+def test_mixers_by_class_and_by_name(wanted: list[str], names: list[str]) -> None:
+    assert mixer_names(wanted) == names
+
+
+def test_an_unknown_mixer_is_named_with_the_choices() -> None:
+    with pytest.raises(
+        OLMoConfigurationError, match=r"no mixer 'nope'.*gated_delta_net.*window-70"
+    ):
+        mixer_names(["nope"])
