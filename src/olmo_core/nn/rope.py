@@ -395,7 +395,7 @@ class RotaryEmbeddingBase(nn.Module):
             angles = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] * inv_freqs
             table = torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(factor)
             table = table.to(dtype).to(device)
-        # What torch._dynamo.mark_static sets: a table of another size is another constant.
+        # As torch._dynamo.mark_static does: a table of another size is another constant.
         table._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
         return table
 

@@ -37,7 +37,10 @@ class RoPEScalingConfig(Config, Registrable):
         :param dim: The number of rotated dimensions of a head.
         :returns: (dim / 2,), float64, radians per position.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define compute_inv_freqs")
+        raise OLMoConfigurationError(
+            f"{type(self).__name__} defines no scaling; use one of the types "
+            f"{', '.join(RoPEScalingConfig.get_registered_names())}"
+        )
 
     @property
     def rescale_factor(self) -> float:
