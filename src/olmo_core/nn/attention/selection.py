@@ -80,7 +80,6 @@ def _probe(name: str, env: Environment, request: Request) -> str | None:
     return probe(name, env.device, request.dtype, request.head_dim, request.features)
 
 
-@torch.compiler.assume_constant_result
 def kernel_for(
     backend: str | None,
     device: str,
