@@ -47,8 +47,8 @@ class InitMethod(StrEnum):
         output: bool = False,
     ) -> float:
         """The standard deviation, before truncation, of one matrix; see :meth:`init_linear_`."""
-        if std <= 0:
-            raise OLMoConfigurationError(f"std must be positive, got {std}")
+        if not 0 < std < math.inf:
+            raise OLMoConfigurationError(f"std must be positive and finite, got {std}")
         if not 0 <= block_idx < num_blocks:
             raise OLMoConfigurationError(
                 f"block_idx must lie in [0, num_blocks={num_blocks}), got {block_idx}"
