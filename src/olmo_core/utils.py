@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["get_default_device", "seed_all"]
+__all__ = ["compile_time_constant", "get_default_device", "seed_all"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def seed_all(seed: int) -> None:
@@ -25,6 +29,16 @@ def seed_all(seed: int) -> None:
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def compile_time_constant(function: F) -> F:
+    """Let ``torch.compile`` call ``function`` while it compiles and keep what it returns.
+
+    :func:`torch.compiler.assume_constant_result` without its import of the compiler, which takes a
+    second. The arguments must be constants of the graph, and the result depend on them alone.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def get_default_device() -> torch.device:

@@ -29,6 +29,7 @@ from olmo_core.nn.rope_scaling import (
     YaRNRoPEScalingConfig,
     inverse_frequencies,
 )
+from olmo_core.utils import compile_time_constant
 
 __all__ = [
     "ABFRoPEScalingConfig",
@@ -367,10 +368,12 @@ class RotaryEmbeddingBase(nn.Module):
             rows *= 2
         return self._constant_table(self._table_key, rows, device, dtype)
 
+    @compile_time_constant
     def _num_rows(self, key: str, device: torch.device, dtype: torch.dtype) -> int:
         table = self._cache.get((key, str(device), dtype))
         return _MIN_ROWS if table is None else table.shape[0]
 
+    @compile_time_constant
     def _constant_table(
         self, key: str, rows: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
@@ -398,10 +401,6 @@ class RotaryEmbeddingBase(nn.Module):
         # As torch._dynamo.mark_static does: a table of another size is another constant.
         table._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
         return table
-
-    # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo (1 s).
-    _num_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    _constant_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class RotaryEmbedding(RotaryEmbeddingBase):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.config import AttentionBackendName, GateConfig, GateGranularity
-from olmo_core.nn.attention.inputs import read_inputs
+from olmo_core.nn.attention.fused_qk import fused_qk
+from olmo_core.nn.attention.inputs import Inputs, read_inputs
 from olmo_core.nn.attention.softmax import AttentionShape, SoftmaxAttention
 from olmo_core.nn.functional import l2_normalize
 from olmo_core.nn.layer_norm import LayerNorm, LayerNormConfig
@@ -172,22 +173,35 @@ class Attention(SoftmaxAttention):
             },
         )
         q, k, v = (self._clip(w(x)) for w in (self.w_q, self.w_k, self.w_v))
-        q, k = self._normalize(q, k)
-        q, k = self._rotate(q, k, inputs)
-        att = self._attend((q, k, self._split(v)), inputs)  # (B, T, H, D)
+        q, k, v = (self._split(y) for y in (q, k, v))
+        q, k = self._normalize_and_rotate(q, k, inputs)
+        att = self._attend((q, k, v), inputs)  # (B, T, H, D)
         return self._output(self._gated(att, x).flatten(2), inputs)
 
     def _split(self, x: Tensor) -> Tensor:
-        """``(B, T, heads * D)`` to ``(B, T, heads, D)``."""
+        """``(..., heads * D)`` to ``(..., heads, D)``."""
         return x.unflatten(-1, (-1, self.head_dim))
 
+    def _normalize_and_rotate(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """qk-norm, then RoPE: one kernel where it can serve."""
+        fused = fused_qk(
+            q,
+            k,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            per_head=self.use_head_qk_norm,
+            rope=self.rope,
+            rope_inputs=inputs.rope,
+        )
+        return self._rotate(*self._normalize(q, k), inputs) if fused is None else fused
+
     def _normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """qk-norm over the full width or each head; splits the heads."""
+        """qk-norm over the full width or each head."""
         if self.q_norm is None or self.k_norm is None:
-            return self._split(q), self._split(k)
+            return q, k
         if self.use_head_qk_norm:
-            return self.q_norm(self._split(q)), self.k_norm(self._split(k))
-        return self._split(self.q_norm(q)), self._split(self.k_norm(k))
+            return self.q_norm(q), self.k_norm(k)
+        return self._split(self.q_norm(q.flatten(2))), self._split(self.k_norm(k.flatten(2)))
 
     def _gated(self, att: Tensor, x: Tensor) -> Tensor:
         if self.gate is None or self.w_g is None:
@@ -263,11 +277,13 @@ class NormalizedAttention(Attention):
         self.sq.fill_(self.sq_init_scaling)
         self.sk.fill_(self.sk_init_scaling)
 
-    def _normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = (x.flatten(2) for x in super()._normalize(q, k))
-        q = q * (self.sq * (self.sq_init_value / self.sq_init_scaling)).to(q.dtype)
-        k = k * (self.sk * (self.sk_init_value / self.sk_init_scaling)).to(k.dtype)
-        return self._split(q), self._split(k)
+    def _normalize_and_rotate(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        q, k = self._normalize(q, k)
+        sq = self.sq * (self.sq_init_value / self.sq_init_scaling)
+        sk = self.sk * (self.sk_init_value / self.sk_init_scaling)
+        return self._rotate(
+            q * self._split(sq).to(q.dtype), k * self._split(sk).to(k.dtype), inputs
+        )
 
     @torch.no_grad()
     def normalize_matrices(self) -> None:

@@ -91,5 +91,5 @@ def _table(
     if set(inputs) not in (set(), {"positions", "max_position"}):
         return None
     length = inputs.get("max_position", q.shape[1])
-    cos, sin = rope._table(length, q.device, torch.float32).chunk(2, dim=-1)
+    sin, cos = rope.get_table(length, q.device)
     return sin, cos, inputs.get("positions")

@@ -21,6 +21,7 @@ from olmo_core.nn.attention.capabilities import (
     Request,
     refusals,
 )
+from olmo_core.utils import compile_time_constant
 
 __all__ = ["MEASURED", "Choice", "choose", "kernel_for"]
 
@@ -80,6 +81,7 @@ def _probe(name: str, env: Environment, request: Request) -> str | None:
     return probe(name, env.device, request.dtype, request.head_dim, request.features)
 
 
+@compile_time_constant
 def kernel_for(
     backend: str | None,
     device: str,

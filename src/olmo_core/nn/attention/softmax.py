@@ -14,6 +14,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.backend import AttentionBackend, AutoAttentionBackend
 from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.attention.config import AttentionBackendName
+from olmo_core.nn.attention.fused_qk import fused_qk
 from olmo_core.nn.attention.inputs import Inputs
 from olmo_core.nn.attention.kv_cache import KVCacheManager
 from olmo_core.nn.init import InitMethod
@@ -154,7 +155,16 @@ class SoftmaxAttention(SequenceMixer):
     def _rotate(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         if self.rope is None:
             return q, k
-        return self.rope(q, k, **inputs.rope)
+        fused = fused_qk(
+            q,
+            k,
+            q_norm=None,
+            k_norm=None,
+            per_head=False,
+            rope=self.rope,
+            rope_inputs=inputs.rope,
+        )
+        return self.rope(q, k, **inputs.rope) if fused is None else fused
 
     def _attend(self, qkv: Tensor | tuple[Tensor, Tensor, Tensor], inputs: Inputs) -> Tensor:
         return self.backend(qkv, kv_cache_manager=self.kv_cache_manager, **inputs.lengths)
