@@ -174,7 +174,7 @@ def _dropout(place: Place) -> list[Comparison]:
     factor = (kept.double() / (1 - p_drop)).transpose(1, 2).to(p.q.device)  # (1, h, t_q, t_k)
     return [
         Comparison("share of dropped weights", abs(share - p_drop), 5 * sigma),
-        Comparison("the same draw twice", same, 0.0),
+        Comparison("equality of two draws", same, 0.0),
         *_against_truth(place, p, answer, factor),
     ]
 

@@ -1,0 +1,226 @@
+"""What works on this machine: each tick from a tiny forward and backward, each failure a value.
+
+Nothing here raises for what a machine lacks, or for what a library does wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from olmo_core.config import DType
+from olmo_core.diagnostics.extras import EXTRAS, Extra
+from olmo_core.diagnostics.kernel_checks import CHECKS, Place
+from olmo_core.diagnostics.machine import Machine, describe, probe_head_dim
+from olmo_core.diagnostics.measures import worst
+from olmo_core.nn.attention.capabilities import (
+    CAPABILITIES,
+    Capabilities,
+    Environment,
+    Feature,
+    Request,
+    feature_reasons,
+    installation_reasons,
+)
+
+__all__ = ["CASES", "BackendRow", "ChoiceRow", "Report", "Tick", "examine", "steps"]
+
+CASES: dict[str, frozenset[Feature]] = {
+    "full": frozenset({Feature.backward}),
+    "window": frozenset({Feature.backward, Feature.window}),
+    "documents": frozenset({Feature.backward, Feature.documents}),
+    "decode": frozenset({Feature.documents, Feature.kv_cache}),
+}
+"""What is asked of a backend in each case of the automatic choice."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Whether a backend has a feature here."""
+
+    status: str
+    """yes; no: the capability table says why; failed: it ought to."""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """A backend on this machine."""
+
+    name: str
+    title: str
+    works: bool
+    dtype: str
+    """Of the probes."""
+    cause: str
+    """Why it does not work; empty if it does."""
+    mend: str
+    """The command, or the advice, that mends that; empty if there is nothing to mend."""
+    features: dict[str, Tick]
+
+
+@dataclass(frozen=True)
+class ChoiceRow:
+    """The automatic choice for one case."""
+
+    case: str
+    dtype: str
+    backend: str
+    form: str
+    """Which of its implementations serves, where it has several."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that ``doctor`` prints."""
+
+    machine: Machine
+    backends: list[BackendRow]
+    extras: list[Extra]
+    choices: list[ChoiceRow]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the torch backend works, which has to everywhere."""
+        return all(row.works for row in self.backends if row.name == "torch")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def steps() -> int:
+    """How many names :func:`examine` announces."""
+    return len(CAPABILITIES) + len(EXTRAS) + 1
+
+
+def examine(device: torch.device, announce: Callable[[str], None] = lambda name: None) -> Report:
+    """Try everything on ``device``.
+
+    :param announce: Called with the name of each thing before it is tried.
+    """
+
+    def tried(names: Any) -> Iterator[Any]:
+        for name in names:
+            announce(str(name))
+            yield name
+
+    environment = Environment.detect(device)
+    backends = [_backend(CAPABILITIES[n], environment, device) for n in tried(CAPABILITIES)]
+    extras = [_guarded(name, device) for name in tried(EXTRAS)]
+    announce("automatic choice")
+    return Report(describe(device), backends, extras, _choices(environment, device))
+
+
+def _backend(c: Capabilities, environment: Environment, device: torch.device) -> BackendRow:
+    # What is trained in: half precision on a GPU. A CPU computes in float32.
+    dtype = torch.bfloat16 if device.type == "cuda" or c.name != "torch" else torch.float32
+    place = Place(c.name, device, dtype, probe_head_dim(device))
+    reasons = installation_reasons(c, environment)
+    cause, mend = (reasons[0], _mend(c, environment)) if reasons else ("", "")
+    features: dict[str, Tick] = {}
+    if not cause and (failure := _failure(place, Feature.backward)):
+        cause, mend = failure, _reinstall(c)
+    for feature in Feature:
+        if cause:
+            features[feature] = Tick("no", cause)
+        elif refused := feature_reasons(c, [feature]):
+            features[feature] = Tick("no", refused[0].partition(": ")[2])
+        elif failure := _failure(place, feature):
+            features[feature] = Tick("failed", failure)
+        else:
+            features[feature] = Tick("yes")
+    return BackendRow(c.name, c.title, not cause, str(DType.from_pt(dtype)), cause, mend, features)
+
+
+def _failure(place: Place, feature: Feature) -> str:
+    """What goes wrong, or nothing."""
+    check = CHECKS.get(feature)
+    if check is None:
+        return "not tried: it needs several processes"
+    try:
+        w = worst(check(place))
+    except Exception as e:  # whatever a library does wrong is the answer
+        return _first_line(e)
+    return "" if w.passed else f"{w.what} is off by {w.error:.1e}, more than {w.bound:.1e}"
+
+
+def _mend(c: Capabilities, environment: Environment) -> str:
+    if any("GPU" in reason for reason in installation_reasons(c, environment)):
+        return "no command: use backend='torch' on this machine"
+    return c.install or "no command: use backend='torch'"
+
+
+def _reinstall(c: Capabilities) -> str:
+    if not c.install:
+        return "pip install --force-reinstall torch"
+    return f"installed but broken, build it again for torch {torch.__version__}: {c.install}"
+
+
+def _guarded(name: str, device: torch.device) -> Extra:
+    purpose, probe, mend = EXTRAS[name]
+    try:
+        version, cause = probe(device)
+    except Exception as e:  # as above
+        version, cause = "", _first_line(e)
+    return Extra(name, purpose, not cause, version, cause, mend if cause else "")
+
+
+def _choices(environment: Environment, device: torch.device) -> list[ChoiceRow]:
+    rows = []
+    for case, features in CASES.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            try:
+                backend, form, reason = _choice(case, features, dtype, environment, device)
+            except Exception as e:  # as above
+                backend, form, reason = "none", "", _first_line(e)
+            rows.append(ChoiceRow(case, str(DType.from_pt(dtype)), backend, form, reason))
+    return rows
+
+
+def _choice(
+    case: str,
+    features: frozenset[Feature],
+    dtype: torch.dtype,
+    environment: Environment,
+    device: torch.device,
+) -> tuple[str, str, str]:
+    from olmo_core.nn.attention.selection import choose
+
+    head_dim = 128 if device.type == "cuda" else probe_head_dim(device)
+    choice = choose(environment, Request(dtype, head_dim, features), probe=True)
+    form = _torch_form(case, dtype, head_dim, device) if choice.name == "torch" else ""
+    reason = choice.reason
+    if case == "decode":
+        reason += f"; one token a step: {_step_form(dtype, head_dim, device)}, for every backend"
+    return choice.name, form, reason
+
+
+def _torch_form(case: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
+    from olmo_core.nn.attention.kernels import torch_sdpa
+    from olmo_core.nn.attention.segments import Segments
+
+    q = torch.empty(1, 8, 1, head_dim, dtype=dtype, device=device)
+    if case in ("documents", "decode"):
+        cu = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+        segments = Segments.documents(cu, 5)
+    else:
+        segments = Segments.dense(8, 8, window=3 if case == "window" else -1)
+    return torch_sdpa.choose(q, q, segments, 0.0)
+
+
+def _step_form(dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
+    from olmo_core.nn.attention.kernels import decode_triton
+
+    q = torch.empty(1, 1, 4, head_dim, dtype=dtype, device=device)
+    refused = decode_triton.supported(q, q[:, :, :1])
+    return "SDPA over the cache" if refused else "Triton over split keys"
+
+
+def _first_line(e: Exception) -> str:
+    lines = str(e).strip().splitlines() or [""]
+    return f"{type(e).__name__}: {lines[0][:200]}".rstrip(": ")

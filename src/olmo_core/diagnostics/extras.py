@@ -1,0 +1,116 @@
+"""Optional things that ``doctor`` tries: each probe uses its thing, and may raise anything."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+
+import torch
+
+__all__ = ["EXTRAS", "Extra"]
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Something optional on this machine."""
+
+    name: str
+    purpose: str
+    works: bool
+    version: str
+    cause: str
+    mend: str
+
+
+Probe = Callable[[torch.device], tuple[str, str]]
+"""From the device to a version and the cause of failure, both possibly empty."""
+
+
+def _triton(device: torch.device) -> tuple[str, str]:
+    if find_spec("triton") is None:
+        return "", "not installed: it comes with the CUDA builds of torch"
+    import triton
+    from triton.runtime import driver
+
+    driver.active.get_current_target()
+    return triton.__version__, ""
+
+
+def _rope_qk_norm(device: torch.device) -> tuple[str, str]:
+    from olmo_core.nn.attention.kernels import rope_qk_norm as kernels
+
+    q, k = torch.randn(1, 5, 4, 64, device=device), torch.randn(1, 5, 2, 64, device=device)
+    if reason := kernels.supported(q, k):
+        return "", reason
+    angle = torch.randn(5, 32, device=device)
+    answers = []
+    for form in (kernels.qk_norm_rope, kernels.qk_norm_rope_reference):
+        inputs = [x.clone().requires_grad_() for x in (q, k)]
+        out = form(*inputs, eps=1e-5, per_head=False, sin=angle.sin(), cos=angle.cos())
+        grads = torch.autograd.grad(out, inputs, [torch.ones_like(x) for x in out])
+        answers.append(torch.cat([x.flatten() for x in (*out, *grads)]))
+    return "", _off((answers[0] - answers[1]).abs().max().item())
+
+
+def _decode(device: torch.device) -> tuple[str, str]:
+    from olmo_core.nn.attention.kernels import decode_triton
+
+    q = torch.randn(1, 1, 2, 64, device=device)
+    cache = torch.randn(1, 40, 1, 64, device=device)
+    if reason := decode_triton.supported(q, cache):
+        return "", reason
+    first = torch.tensor([3], device=device, dtype=torch.int32)
+    stop = torch.tensor([30], device=device, dtype=torch.int32)
+    out = decode_triton.decode(q, cache, cache, first, stop, scale=0.125)
+    keys = cache[:, 3:30].transpose(1, 2)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, keys, scale=0.125, enable_gqa=True
+    ).transpose(1, 2)
+    return "", _off((out - want).abs().max().item())
+
+
+def _off(error: float) -> str:
+    return "" if error < 1e-4 else f"its result is off by {error:.1e}"
+
+
+def _fla(device: torch.device) -> tuple[str, str]:
+    if find_spec("fla") is None:
+        return "", "not installed: the gated delta net runs torch's form"
+    module = import_module("olmo_core.nn.attention.kernels.fla")
+    return metadata.version("flash-linear-attention"), module.probe(device) or ""
+
+
+def _matplotlib(device: torch.device) -> tuple[str, str]:
+    if find_spec("matplotlib") is None:
+        return "", "not installed"
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    FigureCanvasAgg(Figure(figsize=(1, 1))).print_png(io.BytesIO())
+    return matplotlib.__version__, ""
+
+
+def _transformers(device: torch.device) -> tuple[str, str]:
+    if find_spec("transformers") is None:
+        return "", "not installed"
+    from transformers import AttentionInterface
+
+    assert AttentionInterface is not None
+    return metadata.version("transformers"), ""
+
+
+_NOTHING = "nothing to do: torch's form computes the same"
+
+EXTRAS: dict[str, tuple[str, Probe, str]] = {
+    "triton": ("compiles the next two", _triton, "use a machine with a GPU, and torch for CUDA"),
+    "rope_qk_norm": ("qk-norm and RoPE in one pass", _rope_qk_norm, _NOTHING),
+    "decode": ("decoding over split keys", _decode, _NOTHING),
+    "fla": ("gated delta net in Triton", _fla, 'pip install "olmo-attention[fla]"'),
+    "matplotlib": ("plots of train and bench", _matplotlib, 'pip install "olmo-attention[plot]"'),
+    "transformers": ("Hugging Face checkpoints", _transformers, 'pip install "olmo-attention[hf]"'),
+}
+"""By name: what it is for, its probe, and what mends it."""
