@@ -1,0 +1,326 @@
+"""The gated delta rule in plain torch, on any device, in linear time and memory both ways.
+
+``gated_delta_rule`` is a dispatcher op, so it is one node of a compiled graph and selective
+checkpointing can name it (``torch.ops.olmo_core.gated_delta_rule``). The recurrence that it
+computes stands in ``gated_delta_rule_reference``, with the same signature; the legend of the shapes
+in ``gated_delta_rule_chunks``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmo_core.nn.attention.lengths import check_cu_doc_lens
+
+from .gated_delta_rule_backward import chunked_backward
+from .gated_delta_rule_chunks import QK_NORM_EPS, ChunkGrid, accumulation_dtype
+from .gated_delta_rule_forward import Saved, chunked_forward
+
+__all__ = ["check_inputs", "gated_delta_rule", "gated_delta_rule_step_"]
+
+_LIB = torch.library.Library("olmo_core", "FRAGMENT")
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_doc_lens: Tensor | None = None,
+    normalize_qk: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mix each value head's tokens through a (K, V) state that decays and corrects itself.
+
+    For every token, with S starting at 0 or ``initial_state``::
+
+        S = exp(g) * S
+        S = S + outer(k, beta * (v - k @ S))
+        o = scale * q @ S
+
+    Gated Delta Networks, https://arxiv.org/abs/2412.06464. Sums are float32, or float64 for float64
+    inputs. Differentiable once. Under autocast q, k and v are cast to its dtype; g and beta never
+    are: their rounding would be raised to the power of the sequence length.
+
+    :param q: (B, T, H, K), floating point; strides are free.
+    :param k: Like ``q``.
+    :param v: (B, T, HV, V) of q's dtype; HV is a multiple of H, and value head h reads key head
+        ``h // (HV / H)``. Nothing is repeated in memory for that.
+    :param g: (B, T, HV), the logarithm of the decay: finite and at most 0. Best in float32.
+    :param beta: (B, T, HV), the step size, between 0 and 2. Best in float32.
+    :param scale: Factor of the queries, ``K ** -0.5`` by default.
+    :param initial_state: (B, HV, K, V). With ``cu_doc_lens`` (1, HV, K, V), the first document's,
+        even if that is empty.
+    :param cu_doc_lens: (documents + 1,), int32: cumulative document lengths over the flattened
+        B * T tokens. The state is 0 at each document's start.
+    :param normalize_qk: Divide q and k by ``sqrt(sum(x**2) + 1e-6)`` first.
+    :returns: The output (B, T, HV, V) in v's dtype, and the final state (B, HV, K, V), or with
+        ``cu_doc_lens`` the last document's (1, HV, K, V), float32 or float64.
+    :raises ValueError: If shapes, dtypes, devices or lengths do not fit together.
+    :raises TypeError: If ``cu_doc_lens`` is not int32.
+    """
+    check_inputs(q, k, v, g, beta, initial_state, cu_doc_lens, scale)
+    q, k, v = _autocast(q, k, v)
+    inputs = (q, k, v, g, beta, initial_state)
+    batch, tokens = q.shape[:2]
+    if cu_doc_lens is not None:
+        check_cu_doc_lens(cu_doc_lens, batch * tokens, None)
+        q, k, v, g, beta = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta))
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, state, *_ = torch.ops.olmo_core.gated_delta_rule(
+        q, k, v, g, beta, initial_state, cu_doc_lens, scale, normalize_qk, save
+    )
+    return (out if cu_doc_lens is None else out.view(batch, tokens, *out.shape[2:])), state
+
+
+@torch.no_grad()
+def gated_delta_rule_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+    normalize_qk: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One token of :func:`gated_delta_rule`, for decoding: ``state`` is updated in place.
+
+    Compiles, and replays in a CUDA graph. Not differentiable.
+
+    :param q: (B, H, K).
+    :param k: Like ``q``.
+    :param v: (B, HV, V).
+    :param g: (B, HV).
+    :param beta: (B, HV).
+    :param state: (B, HV, K, V), float32, or float64 for float64 inputs.
+    :returns: The output (B, HV, V) in v's dtype, and what was written along k: (B, HV, V) in the
+        state's dtype.
+    """
+    batch, key_heads, key_dim = q.shape
+    value_heads = v.shape[1]
+    dtype = state.dtype
+    qk = torch.stack((q, k), -2).to(dtype)  # (B, H, 2, K)
+    if normalize_qk:
+        qk = qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + QK_NORM_EPS)
+    qk = qk.unsqueeze(2).expand(-1, -1, value_heads // key_heads, -1, -1).flatten(1, 2)
+    decay = g.to(dtype).exp().view(batch, value_heads, 1, 1)
+    read = (qk @ state) * decay  # (B, HV, 2, V): both reads of the decayed state in one pass
+    update = beta.to(dtype).unsqueeze(-1) * (v.to(dtype) - read[:, :, 1])
+    # q reads the new state: the decayed one plus outer(k, update).
+    query, key = qk.unbind(2)
+    out = read[:, :, 0] + (query * key).sum(-1, keepdim=True) * update
+    state.mul_(decay).addcmul_(key.unsqueeze(-1), update.unsqueeze(-2))
+    return (out * (key_dim**-0.5 if scale is None else scale)).to(v.dtype), update
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_doc_lens: Tensor | None,
+    scale: float | None,
+) -> None:
+    """Refuse what :func:`gated_delta_rule` can't compute.
+
+    :raises ValueError: With what was expected and what came.
+    """
+    if q.dim() != 4 or v.dim() != 4 or q.shape != k.shape or q.shape[:2] != v.shape[:2]:
+        raise ValueError(
+            "Expected q and k (batch, tokens, key heads, key_dim) and v (batch, tokens, value "
+            f"heads, value_dim), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+        )
+    if min(*q.shape[2:], *v.shape[2:]) < 1 or v.shape[2] % q.shape[2]:
+        raise ValueError(
+            "The value heads must be a multiple of the key heads and no dimension empty, got q "
+            f"{tuple(q.shape)} and v {tuple(v.shape)}."
+        )
+    for name, gate in (("g", g), ("beta", beta)):
+        if gate.shape != v.shape[:3]:
+            raise ValueError(
+                f"{name} must be (batch, tokens, value heads), {tuple(v.shape[:3])} here, got "
+                f"{tuple(gate.shape)}."
+            )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}. Cast them."
+        )
+    if not all(x.is_floating_point() for x in (q, g, beta)):
+        raise ValueError(
+            f"All inputs must be floating point, got q, k and v of {q.dtype}, g of {g.dtype} and "
+            f"beta of {beta.dtype}."
+        )
+    optional = [x for x in (initial_state, cu_doc_lens) if isinstance(x, Tensor)]
+    devices = {str(x.device) for x in (q, k, v, g, beta, *optional)}
+    if len(devices) > 1:
+        raise ValueError(f"All tensors must share a device, got {', '.join(sorted(devices))}.")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}.")
+    if initial_state is not None:
+        rows = q.shape[0] if cu_doc_lens is None else 1
+        expected = (rows, v.shape[2], q.shape[3], v.shape[3])
+        if initial_state.shape != expected or not initial_state.is_floating_point():
+            raise ValueError(
+                "initial_state must be floating point of shape (batch, or 1 with cu_doc_lens; "
+                f"value heads, key_dim, value_dim), {expected} here, got "
+                f"{tuple(initial_state.shape)} of {initial_state.dtype}."
+            )
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_doc_lens: Tensor | None,
+    scale: float,
+    normalize_qk: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out, state, saved = chunked_forward(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        initial_state,
+        cu_doc_lens,
+        scale=scale,
+        normalize_qk=normalize_qk,
+        save=save,
+    )
+    if saved is None:
+        saved = Saved(*(state.new_empty(0) for _ in range(3)))
+    return out, state, saved.states, saved.updates, saved.inverses
+
+
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_doc_lens: Tensor | None,
+    scale: float,
+    normalize_qk: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grid = ChunkGrid.of(q, v)
+    dtype = accumulation_dtype(q.dtype)
+    state = q.new_empty((grid.batch, grid.value_heads, grid.key_dim, grid.value_dim), dtype=dtype)
+    saved = [state.new_empty(shape if save else (0,)) for shape in Saved.shapes(grid)]
+    return v.new_empty(v.shape), state, saved[0], saved[1], saved[2]
+
+
+def _backward(
+    dout: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    states: Tensor,
+    updates: Tensor,
+    inverses: Tensor,
+    cu_doc_lens: Tensor | None,
+    scale: float,
+    normalize_qk: bool,
+) -> tuple[Tensor, ...]:
+    return chunked_backward(
+        dout,
+        dfinal,
+        q,
+        k,
+        v,
+        g,
+        beta,
+        Saved(states, updates, inverses),
+        cu_doc_lens,
+        scale=scale,
+        normalize_qk=normalize_qk,
+    )
+
+
+def _backward_fake(dout: Tensor, dfinal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    q, _, v, _, _, states = inputs[:6]
+    state = states.new_empty(q.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    return (*(x.new_empty(x.shape) for x in inputs[:5]), state)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, g, beta, initial_state, cu_doc_lens, ctx.scale, ctx.normalize_qk, _ = inputs
+    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+    ctx.save_for_backward(q, k, v, g, beta, *output[2:], cu_doc_lens)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, dout: Tensor | None, dfinal: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, *rest = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(v)
+    *grads, dinitial = torch.ops.olmo_core.gated_delta_rule_backward(
+        dout, dfinal, q, k, v, *rest, ctx.scale, ctx.normalize_qk
+    )
+    dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
+    return *grads, dinitial, None, None, None, None
+
+
+def _refuse(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "gated_delta_rule is differentiable once, and a second derivative was asked for. For "
+        "double backward use gated_delta_rule_reference, which autograd differentiates."
+    )
+
+
+def _register() -> None:
+    inputs = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta"
+    options = "float scale, bool normalize_qk"
+    saved = "Tensor states, Tensor updates, Tensor inverses"
+    _LIB.define(
+        f"gated_delta_rule({inputs}, Tensor? initial_state, Tensor? cu_doc_lens, {options}, "
+        "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    _LIB.define(
+        f"gated_delta_rule_backward(Tensor dout, Tensor? dfinal, {inputs}, {saved}, "
+        f"Tensor? cu_doc_lens, {options}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    for name, kernel, fake in (
+        ("gated_delta_rule", _forward, _forward_fake),
+        ("gated_delta_rule_backward", _backward, _backward_fake),
+    ):
+        _LIB.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"olmo_core::{name}", fake, lib=_LIB)
+    torch.library.register_autograd(
+        "olmo_core::gated_delta_rule", _differentiate, setup_context=_save, lib=_LIB
+    )
+    torch.library.register_autograd("olmo_core::gated_delta_rule_backward", _refuse, lib=_LIB)
+
+
+_register()
