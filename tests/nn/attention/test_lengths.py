@@ -16,6 +16,7 @@ from olmo_core.nn.attention.lengths import (
     host_lengths,
     leftpad_to_cu_doc_lens,
 )
+from olmo_core.nn.rope import RoPEConfig
 
 
 def cu(*values: int) -> Tensor:
@@ -53,6 +54,19 @@ def test_all_layers_together_read_a_tensor_once(monkeypatch: pytest.MonkeyPatch)
             y = layer(y, cu_doc_lens=lengths)
         y.sum().backward()
     assert reads == 1
+    padding = cu(3)
+    for layer in layers:
+        layer(x, cache_leftpad=padding)
+    assert reads == 3  # the padding, and the documents that it makes
+
+
+def test_what_inference_mode_derives_serves_training() -> None:
+    lengths = cu(0, 4, 10)
+    layer = Attention(d_model=8, n_heads=2, rope=RoPEConfig())
+    x = torch.randn(1, 10, 8)
+    with torch.inference_mode():
+        layer(x, cu_doc_lens=lengths)
+    layer(x, cu_doc_lens=lengths).sum().backward()
 
 
 def test_document_positions() -> None:

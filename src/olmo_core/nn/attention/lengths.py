@@ -7,7 +7,9 @@ pad the tensor to a fixed size, which lets one compiled graph serve any number o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,22 +23,32 @@ __all__ = [
     "leftpad_to_cu_doc_lens",
 ]
 
-_HOST: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+T = TypeVar("T")
+
+_DERIVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _remember(lengths: Tensor, key: tuple[str, int], compute: Callable[[], T]) -> T:
+    """``compute()``, once while ``lengths`` does not change: all layers of a step share it.
+
+    The memory is weak in the tensor and checked by its version counter, which inference tensors do
+    not have. What a graph computes belongs to the graph.
+    """
+    if lengths.is_inference() or torch.compiler.is_compiling() or _is_capturing(lengths):
+        return compute()
+    known = _DERIVED.get(lengths)
+    if known is None or known[0] != lengths._version:
+        known = (lengths._version, {})
+        _DERIVED[lengths] = known
+    if key not in known[1]:
+        with torch.inference_mode(False):
+            known[1][key] = compute()
+    return known[1][key]
 
 
 def host_lengths(cu: Tensor) -> list[int]:
-    """The values of a lengths tensor, read from its device once while they do not change.
-
-    The cache is weak in the tensor and checked by its version counter. Inference tensors have no
-    such counter and are read each time.
-    """
-    if cu.is_inference():
-        return cu.tolist()
-    known = _HOST.get(cu)
-    if known is None or known[0] != cu._version:
-        known = (cu._version, cu.tolist())
-        _HOST[cu] = known
-    return known[1]
+    """The values of a lengths tensor, read from its device once while they do not change."""
+    return _remember(cu, ("host", 0), cu.tolist)
 
 
 def check_cu_doc_lens(
@@ -124,9 +136,13 @@ def document_positions(cu: Tensor, total: int) -> Tensor:
 
     Runs on ``cu``'s device and reads nothing on the host.
     """
-    index = torch.arange(total, device=cu.device, dtype=cu.dtype)
-    document = torch.searchsorted(cu, index, right=True) - 1
-    return (index - cu[document]).long()
+
+    def compute() -> Tensor:
+        index = torch.arange(total, device=cu.device, dtype=cu.dtype)
+        document = torch.searchsorted(cu, index, right=True) - 1
+        return (index - cu[document]).long()
+
+    return _remember(cu, ("positions", total), compute)
 
 
 def leftpad_to_cu_doc_lens(leftpad: Tensor, seq_len: int) -> Tensor:
@@ -135,10 +151,14 @@ def leftpad_to_cu_doc_lens(leftpad: Tensor, seq_len: int) -> Tensor:
     :param leftpad: ``(batch,)``, int32: padding tokens at the start of each row.
     :returns: ``(2 * batch + 1,)``, int32: ``[0, pad_0, T, T + pad_1, 2T, ...]``.
     """
-    batch = leftpad.shape[0]
-    starts = torch.arange(batch, device=leftpad.device, dtype=torch.int32) * seq_len
-    ends = torch.stack([starts + leftpad, starts + seq_len], dim=1).flatten()
-    return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+
+    def compute() -> Tensor:
+        batch = leftpad.shape[0]
+        starts = torch.arange(batch, device=leftpad.device, dtype=torch.int32) * seq_len
+        ends = torch.stack([starts + leftpad, starts + seq_len], dim=1).flatten()
+        return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+
+    return _remember(leftpad, ("documents", seq_len), compute)
 
 
 def _is_capturing(t: Tensor) -> bool:
