@@ -29,6 +29,8 @@ __all__ = [
     "RMSNorm",
 ]
 
+_HAS_QUACK = importlib.util.find_spec("quack") is not None
+
 
 class LayerNormType(StrEnum):
     """The normalisation layers by name."""
@@ -251,20 +253,22 @@ class CuTeRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; see :meth:`LayerNorm.forward`."""
-        if self._kernel_runs(x):
-            from quack import rmsnorm  # type: ignore[import-not-found]
+        if not self._kernel_runs(x):
+            return super().forward(x)
+        from quack import rmsnorm  # type: ignore[import-not-found,unused-ignore]
 
-            self._prepare(x)
-            return rmsnorm(x, self.weight, bias=self.bias, eps=self.eps).to(x.dtype)
-        return super().forward(x)
+        self._prepare(x)
+        y: Tensor = rmsnorm(x, self.weight, bias=self.bias, eps=self.eps)
+        return y
 
     def _kernel_runs(self, x: Tensor) -> bool:
+        tensors = [t for t in (x, self.weight, self.bias) if t is not None]
         return (
-            x.is_cuda
+            _HAS_QUACK
             and self.full_precision
-            and self.weight is not None
-            and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and importlib.util.find_spec("quack") is not None
+            and x.is_cuda
+            and x.numel() > 0
+            and all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
             and torch.cuda.get_device_capability(x.device) >= (9, 0)
         )
 
