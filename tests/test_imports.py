@@ -31,6 +31,7 @@ OPTIONAL = [
     "gguf",
     "matplotlib",
     "numpy",
+    "quack",
     "tensorboard",
     "tokenizers",
     "transformer_engine",

@@ -110,8 +110,8 @@ CONFIGURATION: dict[str, Case] = {
         CONFIG,
         r"use_flash.*torch",
     ),
-    "unknown gate": (lambda: GateConfig(granularity="row"), CONFIG, r"headwise.*row"),  # type: ignore[arg-type]
-    "unknown norm": (lambda: LayerNormConfig(name="rmsnorm"), CONFIG, r"qwen_rms.*rmsnorm"),  # type: ignore[arg-type]
+    "unknown gate": (lambda: GateConfig(granularity="row"), CONFIG, r"headwise.*row"),
+    "unknown norm": (lambda: LayerNormConfig(name="rmsnorm"), CONFIG, r"qwen_rms.*rmsnorm"),
     "negative eps": (
         lambda: LayerNormConfig(name=LayerNormType.rms, eps=-1e-5).build(8),
         CONFIG,
@@ -157,7 +157,7 @@ CONFIGURATION: dict[str, Case] = {
         ValueError,
         r"layer_idx.*4",
     ),
-    "unknown RoPE": (lambda: RoPEConfig(name="rotary"), CONFIG, r"complex.*rotary"),  # type: ignore[arg-type]
+    "unknown RoPE": (lambda: RoPEConfig(name="rotary"), CONFIG, r"complex.*rotary"),
     "zero theta": (lambda: RoPEConfig(theta=0).build(8), CONFIG, r"theta.*0"),
     "no rotary part": (
         lambda: RoPEConfig(partial_rotary_factor=0.0).build(8),
@@ -209,14 +209,14 @@ CONFIGURATION: dict[str, Case] = {
         r"n_heads.*many",
     ),
     "unknown init method": (
-        lambda: layer().init_weights(init_method="xavier", d_model=D, block_idx=0, num_blocks=1),  # type: ignore[arg-type]
+        lambda: layer().init_weights(init_method="xavier", d_model=D, block_idx=0, num_blocks=1),
         (CONFIG, ValueError),
         r"xavier.*llama",
     ),
     "block past the last": (
         lambda: layer().init_weights(
             init_method="llama_depth", d_model=D, block_idx=3, num_blocks=2
-        ),  # type: ignore[arg-type]
+        ),
         (CONFIG, ValueError),
         r"block_idx.*3",
     ),
@@ -396,7 +396,7 @@ CACHE: dict[str, Case] = {
         r"cu_doc_lens",
     ),
     "rollback of more than there is": (
-        lambda: cached().kv_cache_manager.rollback(1),  # type: ignore[union-attr]
+        lambda: cached().kv_cache_manager.rollback(1),
         ValueError,
         r"1",
     ),
@@ -510,12 +510,12 @@ BACKEND: dict[str, Case] = {
         r"(?i)(cuda|gpu|install)",
     ),
     "context parallelism without a style": (
-        lambda: layer().apply_cp(None),  # type: ignore[arg-type]
+        lambda: layer().apply_cp(None),
         ValueError,
         r"(?s)ring.*uly",
     ),
     "the backend's, without a style": (
-        lambda: backend().apply_cp(None),  # type: ignore[arg-type]
+        lambda: backend().apply_cp(None),
         ValueError,
         r"(?s)ring.*uly",
     ),

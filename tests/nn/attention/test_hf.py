@@ -162,10 +162,10 @@ def recorded(model: nn.Module, tokens: Tensor) -> list[tuple[Tensor, dict[str, A
         found.append((kwargs.pop("hidden_states").detach(), kwargs))
 
     hooks = [
-        layer.self_attn.register_forward_pre_hook(  # type: ignore[operator,union-attr]
+        layer.self_attn.register_forward_pre_hook(
             lambda m, a, k: record(m, a, dict(k)), with_kwargs=True
         )
-        for layer in model.layers  # type: ignore[union-attr]
+        for layer in model.layers
     ]
     model(tokens, use_cache=False)
     for hook in hooks:
@@ -193,7 +193,7 @@ def test_attention_of(family: str, lengths: list[int]) -> None:
     cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
     for index, options in enumerate(FAMILIES[family].layers):
-        theirs = model.layers[index].self_attn  # type: ignore[index,union-attr]
+        theirs = model.layers[index].self_attn
         layer = ours(theirs, options)
         hidden = torch.cat([document[index][0] for document in documents], dim=1)
         cotangent = torch.randn_like(hidden)
