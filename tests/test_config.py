@@ -119,7 +119,7 @@ outers = st.builds(
     on=st.booleans(),
     anything=st.none() | st.integers() | st.lists(st.booleans(), max_size=2),
 )
-positive = st.floats(0.125, 1e9)
+positive = st.floats(0.125, 1e9) | st.integers(1, 10**9)
 scalings = st.one_of(
     st.none(),
     st.builds(ABFRoPEScalingConfig, positive, positive),
@@ -278,11 +278,15 @@ def test_merge_of_every_field_restores_it(config: Any) -> None:
     assert start.merge(overrides) == config
 
 
-def test_construction_normalises_strings_and_tuples() -> None:
+def test_construction_stores_fields_as_declared() -> None:
     config = Outer(pattern=(1, 2), inner=Inner(colour="dark_blue"))  # type: ignore[arg-type]
     assert config.pattern == [1, 2]
     assert isinstance(config.pattern, list)
     assert config.inner.colour is Colour.dark_blue
+    assert isinstance(Inner(rate=2).rate, float)
+    assert isinstance(Outer(pattern=[], either=2).either, int)
+    check(lambda: Inner(size="4"), "Inner.size: expected int, got '4'")  # type: ignore[arg-type]
+    check(lambda: Outer(pattern=3), "Outer.pattern")  # type: ignore[arg-type]
     assert LayerNormConfig(name="rms", dtype="bfloat16").dtype is DType.bfloat16  # type: ignore[arg-type]
 
 

@@ -79,8 +79,8 @@ class DType(StrEnum):
 class Config:
     """Base class of all configurations.
 
-    A field that holds an enumeration takes its value as a string too, and a field that holds a list
-    takes a tuple; both are stored as declared, so that round trips compare equal.
+    An enumeration may be given by its value, a list as a tuple, a float as an int: fields are
+    stored as declared, so that round trips are exact.
 
     A subclass that is also :class:`Registrable` and defines ``__post_init__`` has to accept the
     argument ``type``.
@@ -90,8 +90,7 @@ class Config:
         del init_vars  # ``type`` of a registered class, which its ``__new__`` has seen
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            # Only these two need the type hints, which are slow to resolve.
-            if value.__class__ is str or value.__class__ is tuple:
+            if value.__class__ in (str, tuple, int):
                 where = f"{self.__class__.__name__}.{field.name}"
                 value = decode(value, type_hints(self.__class__)[field.name], where)
                 object.__setattr__(self, field.name, value)
