@@ -78,7 +78,7 @@ class Mixer:
             return attention_layer(config, self.window, params, x, document)
         from olmo_core.diagnostics.reference_recurrent import gated_delta_net_layer
 
-        return gated_delta_net_layer(config, params, x, document)  # type: ignore[arg-type]
+        return gated_delta_net_layer(config, params, x, document)
 
 
 def _attention(head_dim: int, /, **options: Any) -> AttentionConfig:
