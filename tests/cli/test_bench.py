@@ -79,7 +79,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
         (["--plot", "x.pdf"], "name it *.png"),
         (["--plot", "no/such/x.png"], "does not exist"),
         (["--device", "quantum"], "--device quantum can't be used"),
-        (["--tokens", "many"], "'many'"),
+        (["--tokens", "many"], "Invalid value for '--tokens'"),
     ],
 )
 def test_bad_options_cost_one_message(args: list[str], message: str) -> None:
