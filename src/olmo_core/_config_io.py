@@ -208,62 +208,52 @@ def _meets_text(tree: dict[str, Any], path: list[str]) -> bool:
 
 
 def merge(config: Any, tree: Mapping[str, Any], where: str) -> Any:
+    """A copy of ``config`` with the fields in ``tree`` replaced."""
     cls = type(config)
     if isinstance(config, Registrable) and "type" in tree:
         if str(tree["type"]) != cls.registered_name:
-            base: type = cls.registered_base or cls
-            return _merge_new(base, tree, where)
+            return _merge_new(cls.registered_base or cls, tree, where)
         tree = {k: v for k, v in tree.items() if k != "type"}
     check_keys(tree, cls, where)
     hints = type_hints(cls)
-    changes = {}
-    for key, value in tree.items():
-        here = f"{where}.{key}"
-        if isinstance(value, Text):
-            changes[key] = decode(value, hints[key], here)
-        else:
-            changes[key] = _merge_inside(getattr(config, key), value, hints[key], here)
+    changes = {
+        k: _merge_value(getattr(config, k), v, hints[k], f"{where}.{k}") for k, v in tree.items()
+    }
     return dataclasses.replace(config, **changes)
 
 
 def _merge_new(cls: type, tree: Mapping[str, Any], where: str) -> Any:
-    """A new ``cls`` from a tree whose leaves are text."""
+    """A new ``cls`` with the fields in ``tree``."""
     cls, rest = _choose_class(tree, cls, where)
     check_keys(rest, cls, where)
     hints = type_hints(cls)
-    values = {
-        k: decode(v, hints[k], f"{where}.{k}")
-        if isinstance(v, Text)
-        else _merge_inside(None, v, hints[k], f"{where}.{k}")
-        for k, v in rest.items()
-    }
+    values = {k: _merge_value(None, v, hints[k], f"{where}.{k}") for k, v in rest.items()}
     return _construct(cls, values, where)
 
 
-def _merge_inside(current: Any, tree: dict[str, Any], hint: Any, where: str) -> Any:
+def _merge_value(current: Any, new: Text | dict[str, Any], hint: Any, where: str) -> Any:
+    """``current`` replaced by text, or changed inside by a tree."""
+    if isinstance(new, Text):
+        return decode(new, hint, where)
     if dataclasses.is_dataclass(current):
-        return merge(current, tree, where)
+        return merge(current, new, where)
     if isinstance(current, list):
         items = list(current)
-        for key, value in tree.items():
+        item_hint = (*typing.get_args(hint), Any)[0]
+        for key, value in new.items():
             if not key.removeprefix("-").isdigit() or not -len(items) <= int(key) < len(items):
                 raise OLMoConfigurationError(
                     f"{where}: expected an index below {len(items)}, got {key!r}"
                 )
-            item_hint = (*typing.get_args(hint), Any)[0]
-            items[int(key)] = (
-                decode(value, item_hint, f"{where}.{key}")
-                if isinstance(value, Text)
-                else _merge_inside(items[int(key)], value, item_hint, f"{where}.{key}")
-            )
+            items[int(key)] = _merge_value(items[int(key)], value, item_hint, f"{where}.{key}")
         return items
     classes = [t for t in _options(hint) if dataclasses.is_dataclass(t)]
     if len(classes) != 1:
         raise OLMoConfigurationError(
-            f"{where}: holds {current!r}, which has no field {next(iter(tree))!r}; "
+            f"{where}: holds {current!r}, which has no field {next(iter(new))!r}; "
             f"set {where.rpartition('.')[2]} as a whole ({_name(hint)})"
         )
-    return _merge_new(typing.cast(type, classes[0]), tree, where)
+    return _merge_new(typing.cast(type, classes[0]), new, where)
 
 
 def _options(hint: Any) -> list[Any]:
@@ -290,7 +280,7 @@ def _name(hint: Any) -> str:
 def decode(value: Any, hint: Any, where: str) -> Any:
     """``value`` as the type ``hint``; text in a union becomes the first type that can read it."""
     options = _options(hint)
-    # null and strings last to first: every text is a string, and "null" should mean None.
+    # None first and str last: any text is a string, and "null" in a dotlist should mean None.
     for option in sorted(options, key=lambda t: (t is not type(None), t is str)):
         try:
             return _convert(value, option, where)
