@@ -20,7 +20,7 @@ from .gated_delta_rule_backward import chunked_backward
 from .gated_delta_rule_chunks import QK_NORM_EPS, ChunkGrid, accumulation_dtype
 from .gated_delta_rule_forward import Saved, chunked_forward
 
-__all__ = ["check_inputs", "gated_delta_rule", "gated_delta_rule_step_"]
+__all__ = ["gated_delta_rule", "gated_delta_rule_step_", "normalize"]
 
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 
@@ -66,7 +66,7 @@ def gated_delta_rule(
     :raises ValueError: If shapes, dtypes, devices or lengths do not fit together.
     :raises TypeError: If ``cu_doc_lens`` is not int32.
     """
-    check_inputs(q, k, v, g, beta, initial_state, cu_doc_lens, scale)
+    _check_inputs(q, k, v, g, beta, initial_state, cu_doc_lens, scale)
     q, k, v = _autocast(q, k, v)
     inputs = (q, k, v, g, beta, initial_state)
     batch, tokens = q.shape[:2]
@@ -111,10 +111,11 @@ def gated_delta_rule_step_(
     dtype = state.dtype
     qk = torch.stack((q, k), -2).to(dtype)  # (B, H, 2, K)
     if normalize_qk:
-        qk = qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + QK_NORM_EPS)
+        qk = normalize(qk)
     qk = qk.unsqueeze(2).expand(-1, -1, value_heads // key_heads, -1, -1).flatten(1, 2)
     decay = g.to(dtype).exp().view(batch, value_heads, 1, 1)
-    read = (qk @ state) * decay  # (B, HV, 2, V): both reads of the decayed state in one pass
+    with torch.autocast(state.device.type, enabled=False):
+        read = (qk @ state) * decay  # (B, HV, 2, V): both reads of the decayed state in one pass
     update = beta.to(dtype).unsqueeze(-1) * (v.to(dtype) - read[:, :, 1])
     # q reads the new state: the decayed one plus outer(k, update).
     query, key = qk.unbind(2)
@@ -123,7 +124,12 @@ def gated_delta_rule_step_(
     return (out * (key_dim**-0.5 if scale is None else scale)).to(v.dtype), update
 
 
-def check_inputs(
+def normalize(x: Tensor) -> Tensor:
+    """x / sqrt(sum(x**2) + 1e-6) over the last dimension: what ``normalize_qk`` does."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + QK_NORM_EPS)
+
+
+def _check_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -199,18 +205,19 @@ def _forward(
     normalize_qk: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out, state, saved = chunked_forward(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        initial_state,
-        cu_doc_lens,
-        scale=scale,
-        normalize_qk=normalize_qk,
-        save=save,
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        out, state, saved = chunked_forward(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            initial_state,
+            cu_doc_lens,
+            scale=scale,
+            normalize_qk=normalize_qk,
+            save=save,
+        )
     if saved is None:
         saved = Saved(*(state.new_empty(0) for _ in range(3)))
     return out, state, saved.states, saved.updates, saved.inverses
@@ -250,19 +257,20 @@ def _backward(
     scale: float,
     normalize_qk: bool,
 ) -> tuple[Tensor, ...]:
-    return chunked_backward(
-        dout,
-        dfinal,
-        q,
-        k,
-        v,
-        g,
-        beta,
-        Saved(states, updates, inverses),
-        cu_doc_lens,
-        scale=scale,
-        normalize_qk=normalize_qk,
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        return chunked_backward(
+            dout,
+            dfinal,
+            q,
+            k,
+            v,
+            g,
+            beta,
+            Saved(states, updates, inverses),
+            cu_doc_lens,
+            scale=scale,
+            normalize_qk=normalize_qk,
+        )
 
 
 def _backward_fake(dout: Tensor, dfinal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:

@@ -1,0 +1,110 @@
+"""flash-linear-attention's gated delta rule, where it works here.
+
+It needs a CUDA device and a Triton that compiles it correctly, backward included: on Hopper with
+Triton 3.4 to 3.7.0 its backward refuses to run. So a tick is a small problem computed forward and
+backward and compared with the plain torch form, never an import.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gated_delta_rule import gated_delta_rule
+
+__all__ = ["fla_gated_delta_rule", "fla_usable"]
+
+# Twice what bfloat16 rounding of inputs, states and results leaves on the probe's problem.
+_PROBE_BOUND = 3e-2
+
+
+def fla_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_doc_lens: Tensor | None = None,
+    normalize_qk: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`.gated_delta_rule.gated_delta_rule` by fla: the same arguments, the same result.
+
+    :raises ImportError: If fla is not installed.
+    """
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    shape = v.shape
+    lengths: dict[str, Any] = {}
+    if cu_doc_lens is not None:
+        q, k, v, g, beta = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta))
+        ends = torch.unique_consecutive(cu_doc_lens)  # fla knows no empty documents
+        lengths["cu_seqlens"] = ends.long()
+        if initial_state is not None:
+            first = initial_state if bool(cu_doc_lens[1]) else torch.zeros_like(initial_state)
+            rest = initial_state.new_zeros((ends.shape[0] - 2, *initial_state.shape[1:]))
+            initial_state = torch.cat((first, rest))
+    out, states = chunk_gated_delta_rule(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        g.float(),
+        beta.float(),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        initial_state=None if initial_state is None else initial_state.float(),
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=normalize_qk,
+        **lengths,
+    )
+    return out.view(shape), (states if cu_doc_lens is None else states[-1:])
+
+
+def fla_usable(device: torch.device | str, *, group: int = 1) -> tuple[bool, str]:
+    """Whether :func:`fla_gated_delta_rule` computes correctly here, and why (not). Never raises.
+
+    :param device: Where it would run.
+    :param group: Value heads per key head.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return False, f"fla runs on CUDA devices, not on {device.type}"
+    return _probe(str(device), group)
+
+
+@cache
+def _probe(device: str, group: int) -> tuple[bool, str]:
+    try:
+        with torch.enable_grad(), torch.inference_mode(False):
+            error = _measure(device, group)
+    except Exception as e:  # whatever a library does wrong is the answer
+        lines = str(e).strip().splitlines() or [""]
+        return False, f"fla's probe failed: {type(e).__name__}: {lines[0][:200]}"
+    if not error <= _PROBE_BOUND:
+        return False, f"fla's probe is off by {error:.1e}, more than {_PROBE_BOUND:.0e}"
+    return True, f"fla's probe agrees with torch to {error:.1e}, forward and backward"
+
+
+def _measure(device: str, group: int) -> float:
+    """The largest relative error of outputs and gradients on a problem with two documents."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    tokens, heads, dim = 150, 2, 64
+    halves = [randn(1, tokens, h, dim).bfloat16() for h in (heads, heads, heads * group)]
+    gates = [-randn(1, tokens, heads * group).abs(), randn(1, tokens, heads * group).sigmoid()]
+    cu = torch.tensor([0, 70, tokens], dtype=torch.int32, device=device)
+    cotangent = randn(1, tokens, heads * group, dim).bfloat16()
+    results = []
+    for rule in (fla_gated_delta_rule, gated_delta_rule):
+        leaves = [x.clone().requires_grad_() for x in (*halves, *gates)]
+        out, _ = rule(*leaves, cu_doc_lens=cu, normalize_qk=True)
+        results.append((out, *torch.autograd.grad(out, leaves, cotangent)))
+    pairs = [(a.double(), b.double()) for a, b in zip(*results, strict=True)]
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)

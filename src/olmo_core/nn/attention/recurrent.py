@@ -1,0 +1,381 @@
+"""Gated delta net: a sequence mixer whose state does not grow with the sequence.
+
+Shapes in comments: B batch, T tokens, H key heads, HV value heads, K head_k_dim, V head_v_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmo_core.config import DType
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
+from olmo_core.nn.attention.kernels.fla import fla_gated_delta_rule, fla_usable
+from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
+from olmo_core.nn.attention.recurrent_cache import RecurrentCache
+from olmo_core.nn.attention.recurrent_inputs import read_inputs
+from olmo_core.nn.attention.recurrent_sizes import GatedDeltaNetSizes
+from olmo_core.nn.convolution import CausalConv1d
+from olmo_core.nn.functional import compute_dtype
+from olmo_core.nn.init import InitMethod, copy_into
+from olmo_core.nn.layer_norm import RMSNorm
+
+if TYPE_CHECKING:
+    from olmo_core.nn.buffer_cache import BufferCache
+
+__all__ = ["GatedDeltaNet", "GatedDeltaNetConfig", "RuleChoice"]
+
+# exp(A_log) starts uniform in (_A_MIN, 16): at 0 its logarithm would be -inf, for good.
+_A_MIN, _A_MAX = 1e-2, 16.0
+# softplus(dt_bias) starts log-uniform in this range, as in Mamba-2 (arXiv:2405.21060).
+_DT_MIN, _DT_MAX = 1e-3, 1e-1
+
+
+@dataclass(frozen=True)
+class RuleChoice:
+    """Which implementation of the gated delta rule serves a call, and why."""
+
+    name: str
+    """``"torch"`` or ``"fla"``."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+    @property
+    def function(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The rule, called as :func:`.kernels.gated_delta_rule.gated_delta_rule` is."""
+        return fla_gated_delta_rule if self.name == "fla" else gated_delta_rule
+
+
+@SequenceMixerConfig.register("gated_delta_net")
+@dataclass
+class GatedDeltaNetConfig(SequenceMixerConfig["GatedDeltaNet"]):
+    """Configuration for :class:`GatedDeltaNet`, which describes the options."""
+
+    n_heads: int = 16
+    """The number of attention heads."""
+    n_v_heads: int | None = None
+    """The number of value heads; ``n_heads`` if None. If it is larger, grouped value attention is
+    applied: it makes the state larger, whose size, unlike that of a KV cache, does not grow with
+    the sequence."""
+    head_dim: int | None = None
+    """The dimension of each head; ``d_model // n_heads`` if None."""
+    expand_v: float = 2.0
+    """``head_v_dim = head_dim * expand_v``, which makes the state larger as well."""
+    allow_neg_eigval: bool = True
+    """Allow negative eigenvalues in the recurrent dynamics."""
+    conv_size: int = 4
+    """The kernel size of the short convolution."""
+    conv_bias: bool = False
+    """Whether to use bias in the short convolution."""
+    norm_eps: float = 1e-5
+    """The epsilon value for the normalization layer."""
+    dtype: DType = DType.float32
+    """The default data type to use for parameters."""
+
+    def num_params(self, d_model: int) -> int:
+        """The number of params that the GatedDeltaNet will have once built.
+
+        :param d_model: The model dimensionality.
+        """
+        sizes = GatedDeltaNetSizes.of(
+            d_model, self.n_heads, self.n_v_heads, self.head_dim, self.expand_v
+        )
+        convolutions = sizes.conv_channels * (self.conv_size + bool(self.conv_bias))
+        gates_and_norm = 2 * sizes.n_v_heads + sizes.head_v_dim
+        return sizes.num_projection_weights + convolutions + gates_and_norm
+
+    def build(
+        self,
+        d_model: int,
+        *,
+        layer_idx: int,
+        n_layers: int,
+        init_device: str = "cpu",
+        cache: BufferCache | None = None,
+    ) -> GatedDeltaNet:
+        """Build the GatedDeltaNet module.
+
+        :param d_model: The model dimensionality.
+        :param layer_idx: The layer index (unused).
+        :param n_layers: The total number of layers (unused).
+        :param init_device: The device to initialize the parameters on, e.g. "cpu", "meta".
+        :param cache: Optional buffer cache (unused).
+        :raises OLMoConfigurationError: If an option is wrong.
+        """
+        return GatedDeltaNet(
+            d_model=d_model,
+            n_heads=self.n_heads,
+            n_v_heads=self.n_v_heads,
+            head_dim=self.head_dim,
+            expand_v=self.expand_v,
+            allow_neg_eigval=self.allow_neg_eigval,
+            conv_size=self.conv_size,
+            conv_bias=self.conv_bias,
+            norm_eps=self.norm_eps,
+            dtype=DType(self.dtype).as_pt(),
+            init_device=init_device,
+        )
+
+
+class GatedDeltaNet(SequenceMixer):
+    """The layer implementation for Gated Delta Networks (https://arxiv.org/abs/2412.06464).
+
+    A linear attention variant that uses a gated delta rule for recurrent state updates, providing
+    efficient O(n) sequence modeling::
+
+        q, k, v = silu(conv(w_q x)), silu(conv(w_k x)), silu(conv(w_v x))
+        beta = sigmoid(w_b x), times 2 with allow_neg_eigval
+        g = -exp(A_log) * softplus(w_a x + dt_bias)
+        o = gated_delta_rule(q / |q|, k / |k|, v, g, beta)
+        y = w_out(rms_norm(o) * silu(w_g x))
+
+    It needs no extra package. fla's kernels are used where they work: see :meth:`choose_rule`.
+
+    :param d_model: The model hidden size.
+    :param n_heads: The number of attention heads.
+    :param n_v_heads: The number of value heads, a multiple of ``n_heads``. If ``None``, defaults to
+        ``n_heads``. Value head ``h`` reads the keys of head ``h * n_heads // n_v_heads``.
+    :param head_dim: The dimension of each head. If ``None``, defaults to ``d_model // n_heads``.
+    :param expand_v: The expansion ratio for the value dim.
+    :param allow_neg_eigval: Allow negative eigenvalues: beta is multiplied by 2. Reference:
+        `Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues
+        <https://arxiv.org/abs/2411.12537>`_.
+    :param conv_size: The kernel size of the short convolution.
+    :param conv_bias: Whether to use bias in the short convolution.
+    :param norm_eps: The epsilon value for the normalization layer.
+    :param dtype: The default data type to use for parameters. ``A_log``, ``dt_bias`` and ``o_norm``
+        are float32 at least.
+    :param init_device: The device to initialize weights on.
+    :raises OLMoConfigurationError: If an option is wrong.
+    """
+
+    kv_cache_manager: RecurrentCache | None
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        n_v_heads: int | None = None,
+        head_dim: int | None = None,
+        expand_v: float = 2.0,
+        allow_neg_eigval: bool = True,
+        conv_size: int = 4,
+        conv_bias: bool = False,
+        norm_eps: float = 1e-5,
+        dtype: torch.dtype = torch.float32,
+        init_device: str = "cpu",
+    ) -> None:
+        super().__init__()
+        sizes = GatedDeltaNetSizes.of(d_model, n_heads, n_v_heads, head_dim, expand_v)
+        self._sizes = sizes
+        if not dtype.is_floating_point:
+            raise OLMoConfigurationError(f"dtype must be a floating dtype, got {dtype}.")
+        if not 0 < norm_eps < math.inf:
+            raise OLMoConfigurationError(f"norm_eps must be positive, got {norm_eps}.")
+        self.d_model, self.n_heads, self.n_v_heads = d_model, n_heads, sizes.n_v_heads
+        self.head_k_dim, self.head_v_dim = sizes.head_k_dim, sizes.head_v_dim
+        self.allow_neg_eigval = allow_neg_eigval
+        self.conv_size = conv_size
+
+        def linear(name: str) -> nn.Linear:
+            return nn.Linear(*sizes.projections[name], False, init_device, dtype)
+
+        def conv(channels: int) -> CausalConv1d:
+            return CausalConv1d(
+                channels, conv_size, bias=conv_bias, dtype=dtype, init_device=init_device
+            )
+
+        self.w_q, self.w_k, self.w_v = linear("w_q"), linear("w_k"), linear("w_v")
+        self.w_a, self.w_b, self.w_g = linear("w_a"), linear("w_b"), linear("w_g")
+        self.w_out = linear("w_out")
+        self.q_conv1d, self.k_conv1d = conv(sizes.key_dim), conv(sizes.key_dim)
+        self.v_conv1d = conv(sizes.value_dim)
+        wide: dict[str, Any] = {"dtype": compute_dtype(dtype), "device": init_device}
+        self.A_log = nn.Parameter(torch.empty(self.n_v_heads, **wide))
+        self.dt_bias = nn.Parameter(torch.empty(self.n_v_heads, **wide))
+        self.o_norm = RMSNorm(
+            size=self.head_v_dim,
+            eps=norm_eps,
+            bias=False,
+            dtype=compute_dtype(dtype),
+            init_device=init_device,
+        )
+        if self.A_log.device.type != "meta":
+            self._reset_gates()
+
+    def forward(self, x: Tensor, cu_doc_lens: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Apply gated delta network sequence mixing to the input.
+
+        :param x: The input of shape ``(batch_size, seq_len, d_model)``.
+        :param cu_doc_lens: Cumulative document lengths in the input ``x``, a 1D ``torch.int32``
+            tensor that should always have one more element than there are documents (the first
+            element in the tensor should always be ``0``). State and convolution start anew with
+            each document.
+        :param kwargs: ``cache_leftpad``, how many leading tokens of each row are padding,
+            ``(batch_size,)`` int32: they change nothing and their output is zero. What attention
+            layers take besides has no effect here (RoPE buffers, ``max_doc_len*``) or is refused
+            without context parallelism (``cu_doc_lens_q``, ``cu_doc_lens_k``, ``local_k_slice``,
+            ``global_cu_doc_lens``).
+        :returns: The output with shape ``(batch_size, seq_len, d_model)``.
+        :raises TypeError: For any other keyword, or an argument of the wrong type.
+        :raises ValueError: If arguments do not fit the layer or each other.
+        :raises RuntimeError: If the decoding cache would overflow.
+        """
+        padding = read_inputs(self, x, cu_doc_lens, kwargs)
+        if padding is not None:
+            x = x.masked_fill(padding.unsqueeze(-1), 0)
+        g, beta = self._gates(x, padding)
+        projected = [w(x) for w in (self.w_q, self.w_k, self.w_v)]
+        if self.kv_cache_manager is None:
+            q, k, v = self._convolve(projected, cu_doc_lens)
+            rule = self.choose_rule(q).function
+            out, _ = rule(q, k, v, g, beta, cu_doc_lens=cu_doc_lens, normalize_qk=True)
+        else:
+            out = self._decode(projected, g, beta, self.kv_cache_manager)
+        y: Tensor = self.w_out(self._gated_norm(out, self.w_g(x)))
+        return y if padding is None else y.masked_fill(padding.unsqueeze(-1), 0)
+
+    def choose_rule(self, q: Tensor) -> RuleChoice:
+        """The implementation of the gated delta rule for queries like ``q``, with the reason."""
+        if torch.compiler.is_compiling():
+            return RuleChoice("torch", "fla's kernels break a compiled graph")
+        if q.dtype not in (torch.bfloat16, torch.float16):
+            return RuleChoice("torch", f"fla would compute {q.dtype} in low precision")
+        usable, reason = fla_usable(q.device, group=self.n_v_heads // self.n_heads)
+        return RuleChoice("fla" if usable else "torch", reason)
+
+    def _gates(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The log decays g and the step sizes beta (B, T, HV), in float32 at least."""
+        dtype = compute_dtype(x.dtype)
+        beta = self.w_b(x).to(dtype).sigmoid()
+        if self.allow_neg_eigval:
+            beta = 2 * beta
+        if padding is not None:
+            beta = beta.masked_fill(padding.unsqueeze(-1), 0)  # padding writes nothing
+        a = self.w_a(x).to(dtype) + self.dt_bias.to(dtype)
+        return -self.A_log.to(dtype).exp() * F.softplus(a), beta
+
+    def _convolve(
+        self, projected: list[Tensor], cu_doc_lens: Tensor | None, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k (B, T, H, K) and v (B, T, HV, V) from the projections, given their past."""
+        past: Any = [None] * 3
+        if state is not None:
+            past = state.split([y.shape[-1] for y in projected], -1)
+        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        q, k, v = (
+            conv(y, cu_doc_lens, state=s) for conv, y, s in zip(convs, projected, past, strict=True)
+        )
+        q, k = (y.unflatten(-1, (self.n_heads, self.head_k_dim)) for y in (q, k))
+        return q, k, v.unflatten(-1, (self.n_v_heads, self.head_v_dim))
+
+    def _decode(
+        self, projected: list[Tensor], g: Tensor, beta: Tensor, cache: RecurrentCache
+    ) -> Tensor:
+        """The rule's output (B, T, HV, V) for tokens that continue the cache's."""
+        q, k, v = self._convolve(projected, None, cache.past_conv_inputs())
+        return cache.advance(torch.cat(projected, -1), q, k, v, g, beta)
+
+    def _gated_norm(self, out: Tensor, gate: Tensor) -> Tensor:
+        """rms_norm(o) * silu(gate), computed in float32 at least: (B, T, HV * V)."""
+        dtype = compute_dtype(out.dtype)
+        gate = gate.unflatten(-1, (self.n_v_heads, self.head_v_dim))
+        y = self.o_norm(out.to(dtype)) * F.silu(gate.to(dtype))
+        return y.to(gate.dtype).flatten(2)
+
+    def init_kv_cache_manager(
+        self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0
+    ) -> None:
+        """Initialize the recurrent state for decoding, which :meth:`forward` then uses. For
+        inference only.
+
+        :param batch_size: Rows of the batch.
+        :param max_seq_len: Most tokens of a row, left padding included. The memory does not depend
+            on it.
+        :param max_rollback: Most tokens that the cache must be able to forget again.
+        :raises ValueError: If a size is wrong.
+        """
+        self.kv_cache_manager = RecurrentCache(
+            batch_size,
+            max_seq_len,
+            conv_channels=self._sizes.conv_channels,
+            conv_size=self.conv_size,
+            n_heads=self.n_heads,
+            n_v_heads=self.n_v_heads,
+            head_k_dim=self.head_k_dim,
+            head_v_dim=self.head_v_dim,
+            device=self.w_out.weight.device,
+            dtype=self.w_out.weight.dtype,
+            max_rollback=max_rollback,
+        )
+
+    @torch.no_grad()
+    def init_weights(
+        self,
+        *,
+        init_method: InitMethod,
+        d_model: int,
+        block_idx: int,
+        num_blocks: int,
+        std: float = 0.02,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Draw the weights anew: see :class:`InitMethod`.
+
+        Convolutions start as torch's, the norm as the identity, ``exp(A_log)`` uniform up to 16 and
+        ``softplus(dt_bias)`` log-uniform between 0.001 and 0.1, as in Mamba-2.
+        """
+        init_method = InitMethod(init_method)
+        for name in self._sizes.projections:
+            init_method.init_linear_(
+                getattr(self, name).weight,
+                None,
+                d_model=d_model,
+                block_idx=block_idx,
+                num_blocks=num_blocks,
+                std=std,
+                output=name == "w_out",
+                generator=generator,
+            )
+        for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d):
+            conv.reset_parameters(generator)
+        self.o_norm.reset_parameters()
+        self._reset_gates(generator)
+
+    @torch.no_grad()
+    def _reset_gates(self, generator: torch.Generator | None = None) -> None:
+        uniform, other = (
+            torch.rand(self.n_v_heads, generator=generator, device=self.A_log.device)
+            for _ in range(2)
+        )
+        copy_into(self.A_log, (_A_MIN + (_A_MAX - _A_MIN) * uniform).log())
+        dt = torch.exp(math.log(_DT_MIN) + math.log(_DT_MAX / _DT_MIN) * other)
+        copy_into(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def num_flops_per_token(self, seq_len: int) -> int:
+        """Compute FLOPs per token for Gated Delta Net, forward and backward.
+
+        A multiply-add counts as two operations, the backward pass as twice the forward. This
+        accounts for the linear projections, 6 per weight; the short convolutions, 6 per channel and
+        tap; the recurrence, 18 per element of the state (S^T k, the update and S^T q: what the
+        definition needs, not what a chunked kernel computes); and the gated RMS norm, 18 per value.
+        The length has no effect.
+        """
+        sizes = self._sizes
+        state = self.n_v_heads * self.head_k_dim * self.head_v_dim
+        return (
+            6 * sizes.num_projection_weights
+            + 6 * sizes.conv_channels * self.conv_size
+            + 18 * state
+            + 18 * sizes.value_dim
+        )
