@@ -18,6 +18,7 @@ from olmo_core.nn.attention.config import (
     GateGranularity,
     SlidingWindowAttentionConfig,
 )
+from olmo_core.nn.attention.recurrent import GatedDeltaNet, GatedDeltaNetConfig
 from olmo_core.nn.attention.ring import (
     RingAttentionLlama3LoadBalancer,
     RingAttentionLoadBalancer,
@@ -40,6 +41,8 @@ __all__ = [
     "FusedAttention",
     "GateConfig",
     "GateGranularity",
+    "GatedDeltaNet",
+    "GatedDeltaNetConfig",
     "NormalizedAttention",
     "RingAttentionLlama3LoadBalancer",
     "RingAttentionLoadBalancer",
