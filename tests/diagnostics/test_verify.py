@@ -72,6 +72,29 @@ def test_nothing_fails_as_it_is() -> None:
     assert all(o.reasons for o in outcomes.values() if o.status == "skipped")
 
 
+def test_the_gated_delta_net_keeps_the_promise() -> None:
+    outcomes = check(["gated_delta_net"])
+    assert not failed(outcomes)
+    assert outcomes["gdn", "rollback"].status == "passed"
+
+
+def test_a_forgetful_convolution_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents that are ignored by a part of the layer alone."""
+    from olmo_core.nn.attention.recurrent import GatedDeltaNet
+
+    forward = GatedDeltaNet.forward
+
+    def leaks(
+        self: GatedDeltaNet, x: Tensor, cu_doc_lens: Tensor | None = None, **kw: Any
+    ) -> Tensor:
+        if cu_doc_lens is not None and len(cu_doc_lens) > 3:
+            cu_doc_lens = cu_doc_lens[[0, *range(2, len(cu_doc_lens))]]  # one border is lost
+        return forward(self, x, cu_doc_lens, **kw)
+
+    monkeypatch.setattr(GatedDeltaNet, "forward", leaks)
+    assert {("gdn-plain", "documents"), ("gdn-plain", "separate")} <= failed(check(["gdn-plain"]))
+
+
 def test_leaking_documents_fail(broken: Any) -> None:
     broken("documents leak")
     wrong = failed(check(["kernel", "gqa"]))

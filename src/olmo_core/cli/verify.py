@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from olmo_core.diagnostics.verify import Cell, Outcome
 
+_FAILURES_IN_FULL = 20
+
 
 def command(
     backend: Annotated[
@@ -169,13 +171,16 @@ def _print_failed(console: Console, outcomes: list[Outcome]) -> int:
     from olmo_core.cli.tables import number
 
     failed = [o for o in outcomes if o.status == "failed"]
-    for o in failed:
+    for o in failed[:_FAILURES_IN_FULL]:
         console.print(f"FAILED {o.cell}", style="bold red", markup=False)
         for reason in o.reasons:
             console.print(f"  {reason}", markup=False)
         if o.error is not None and o.bound is not None:
             allowed = f"and {number(o.bound)} is allowed"
             console.print(f"  {o.tensor} is off by {number(o.error)}, {allowed}", markup=False)
+    if len(failed) > _FAILURES_IN_FULL:
+        rest = len(failed) - _FAILURES_IN_FULL
+        console.print(f"and {rest} more: see the table, or --json FILE", style="bold red")
     for mixer, backend in dict.fromkeys((o.cell.mixer, o.cell.backend) for o in failed):
         again = f"olmo-core verify --mixer {mixer} --backend {backend}"
         console.print(f"again: {again}", markup=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from olmo_core.nn.rope import (
     StepwiseRoPEScalingConfig,
     YaRNRoPEScalingConfig,
 )
+
+if TYPE_CHECKING:
+    from olmo_core.nn.attention.recurrent import GatedDeltaNetConfig
 
 __all__ = ["MIXERS", "N_HEADS", "Mixer"]
 
@@ -78,7 +81,7 @@ class Mixer:
             return attention_layer(config, self.window, params, x, document)
         from olmo_core.diagnostics.reference_recurrent import gated_delta_net_layer
 
-        return gated_delta_net_layer(config, params, x, document)
+        return gated_delta_net_layer(cast("GatedDeltaNetConfig", config), params, x, document)
 
 
 def _attention(head_dim: int, /, **options: Any) -> AttentionConfig:
@@ -101,7 +104,7 @@ def _softmax(
 
 
 def _gated_delta_net(head_dim: int, /, **options: Any) -> SequenceMixerConfig[Any]:
-    from olmo_core.nn.attention import GatedDeltaNetConfig
+    from olmo_core.nn.attention.recurrent import GatedDeltaNetConfig
 
     return GatedDeltaNetConfig(head_dim=head_dim, **options)
 

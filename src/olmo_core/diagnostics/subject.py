@@ -62,8 +62,8 @@ class Subject:
             elif name in ("sq", "sk"):  # small: the factor of the scores is sqrt(head_dim)
                 small = (self.d_model * self.head_dim) ** -0.5
                 values = _representable((1 + 0.25 * values) * small)
-            elif name == "A_log":
-                values = _representable(values.abs())
+            elif name == "A_log":  # states that live for some ten tokens
+                values = _representable(-1.5 - values.abs())
             elif p.dim() > 1:
                 values = _representable(values * p[0].numel() ** -0.5)
             drawn[name] = values.to(self._exact_device)
@@ -105,13 +105,17 @@ class Subject:
     def plain_errors(self, problem: str, dtype: torch.dtype) -> dict[str, float]:
         """The error of each tensor of the plain reference's answer in ``dtype``.
 
-        The gradients of parameters share their largest: they are sums over all tokens, some of
-        which cancel by luck.
+        The gradients of all matrices share their largest, and so do those of all vectors: they are
+        sums over all tokens, which cancel more or less by luck.
         """
         plain = self._reference(problem, dtype, self.device)
-        errors = {name: row_error(plain[name], want) for name, want in self.truth(problem).items()}
-        largest = max(error for name, error in errors.items() if name.startswith("d "))
-        return {n: largest if n.startswith("d ") else error for n, error in errors.items()}
+        truth = self.truth(problem)
+        kinds = {name: (name[:2] == "d ", want.dim() > 1) for name, want in truth.items()}
+        errors = {name: row_error(plain[name], want) for name, want in truth.items()}
+        largest: dict[tuple[bool, bool], float] = {}
+        for name, kind in kinds.items():
+            largest[kind] = max(largest.get(kind, 0.0), errors[name])
+        return {n: largest[kinds[n]] if kinds[n][0] else error for n, error in errors.items()}
 
     def _reference(self, problem: str, dtype: torch.dtype, device: torch.device) -> Answer:
         def forward(x: Tensor) -> Tensor:
