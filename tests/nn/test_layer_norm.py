@@ -310,6 +310,7 @@ def test_bad_sizes_and_inputs() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # QuACK's own, at import
 @pytest.mark.parametrize("name", RMS_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
