@@ -206,10 +206,7 @@ class RotaryEmbeddingBase(nn.Module):
         return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
 
     def get_buffers(
-        self,
-        max_seq_len: int,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
+        self, max_seq_len: int, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> RoPEBuffers:
         """The rotations of positions 0 to ``max_seq_len - 1``, to be sharded like the sequence.
 
@@ -224,10 +221,7 @@ class RotaryEmbeddingBase(nn.Module):
         return RoPEBuffers(pos_sin=torch.cat((sin, sin), -1), pos_cos=torch.cat((cos, cos), -1))
 
     def get_table(
-        self,
-        max_seq_len: int,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
+        self, max_seq_len: int, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """The cached table that ``forward`` reads, for kernels that rotate by themselves.
 
@@ -242,10 +236,7 @@ class RotaryEmbeddingBase(nn.Module):
         return sin, cos
 
     def warmup_cache(
-        self,
-        max_seq_len: int,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
+        self, max_seq_len: int, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> None:
         """Build what ``forward`` needs for up to ``max_seq_len`` positions.
 
