@@ -6,7 +6,6 @@ one of them is out of date.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from olmo_core.cli.main import COMMANDS
@@ -54,10 +53,11 @@ TABLES = {"commands": commands, "backends": backends}
 def updated(text: str) -> str:
     """README's text with every table as the code has it now."""
     for name, table in TABLES.items():
-        block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
-        pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
-        text, found = pattern.subn(lambda _, block=block: block, text)
-        assert found == 1, f"README.md has {found} tables called {name}"
+        first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(first)
+        _, found, after = rest.partition(last)
+        assert found, f"README.md has no table called {name}"
+        text = f"{before}{first}{table()}\n{last}{after}"
     return text
 
 
