@@ -3,8 +3,8 @@
 Each of 32 rows has 8192 cached tokens of 4 kv heads x 128 in bf16, and one new query of 16 heads.
 The step must read 512 MiB of keys and values and does next to no arithmetic, so the floor is those
 bytes at the rate at which a copy moves bytes. Eager time includes launching from Python; a CUDA
-graph's does not. Rivals of the same run: flash-attn 2 with
-``flash_attn_with_kvcache``, and SDPA with a mask.
+graph's does not. Rivals of the same run: flash-attn 2's ``flash_attn_with_kvcache``, and SDPA with
+a mask.
 """
 
 from __future__ import annotations

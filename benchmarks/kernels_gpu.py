@@ -9,6 +9,7 @@ its floor is five passes over q and k.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -218,21 +219,26 @@ def rope_ms() -> dict[str, float]:
     return qk_ms(lambda q, k, *, sin, cos, **_: rope_only(q, k, sin, cos), weights=False)
 
 
-def main() -> None:
-    require_cuda()
-    report = Report("kernels_gpu")
+def measure_qk(report: Report) -> None:
     tbs = report.section("copy_tbs", lambda: round(copy_tbs(), 3))
     q_and_k = 2 * 8192 * (HEADS + KV_HEADS) * HEAD_DIM * 2
     report.section("qk floor", lambda: {"fb_ms": round(5 * q_and_k / tbs / 1e9, 4)})
-    compiled = torch.compile(qk_norm_rope_reference)
     report.section("qk kernel", lambda: qk_ms(qk_norm_rope))
     report.section("qk kernel, CUDA graph", qk_graphed_ms)
     report.section("qk kernel, per head", lambda: qk_ms(qk_norm_rope, per_head=True))
     report.section("qk RoPE alone", rope_ms)
     report.section("qk eager", lambda: qk_ms(qk_norm_rope_reference))
-    report.section("qk torch.compile", lambda: qk_ms(compiled))
+    report.section("qk torch.compile", lambda: qk_ms(torch.compile(qk_norm_rope_reference)))
+
+
+def main() -> None:
+    require_cuda()
+    names = sys.argv[1:] or ["qk", *DIRECT]
+    report = Report("kernels_gpu")
+    if "qk" in names:
+        measure_qk(report)
     for name in DIRECT:
-        for case in ("full", "window", "documents"):
+        for case in ("full", "window", "documents") if name in names else ():
             for batch, tokens in ((4, 4096), (2, 8192)):
                 run = alone if name == "torch" and case != "full" else overhead
                 report.section(

@@ -23,9 +23,9 @@ from torch import Tensor
 __all__ = ["launch_backward", "launch_forward"]
 
 _TILE = 2048  # elements a program holds at once: 16 a thread at 4 warps
-_WARPS = 4
-_BACKWARD_PROGRAMS_PER_SM = 8  # each keeps its share of the weights' gradients in registers
-_STAGES = 1  # tiles whose loads are in flight at once in backward
+_WARPS = 8
+_BACKWARD_PROGRAMS_PER_SM = 4  # each keeps its share of the weights' gradients in registers
+_STAGES = 3  # tiles whose loads are in flight at once in backward
 _UNSPECIALISED = ["n_tokens", "seq", "stride_positions", "programs_q"]
 
 
@@ -33,10 +33,10 @@ _UNSPECIALISED = ["n_tokens", "seq", "stride_positions", "programs_q"]
 def _columns(DIM: tl.constexpr, ROTARY: tl.constexpr, PAD: tl.constexpr):
     """Columns of both halves. Those that do not rotate pair up behind those that do."""
     c = tl.arange(0, PAD)
-    if ROTARY == DIM:
-        return c, c + DIM // 2
-    first = tl.where(c < ROTARY // 2, c, c + ROTARY // 2)
-    second = tl.where(c < ROTARY // 2, c + ROTARY // 2, c + DIM // 2)
+    first, second = c, c + DIM // 2
+    if ROTARY != DIM:
+        first = tl.where(c < ROTARY // 2, c, c + ROTARY // 2)
+        second = tl.where(c < ROTARY // 2, c + ROTARY // 2, c + DIM // 2)
     return first, second
 
 
@@ -84,8 +84,10 @@ def _row_sum(x, PER_HEAD: tl.constexpr):
     """Sums over what one norm spans: ``(tokens, heads, 1)`` per head, else ``(tokens, 1, 1)``."""
     by_head = tl.sum(x, axis=2)
     if PER_HEAD:
-        return by_head[:, :, None]
-    return tl.sum(by_head, axis=1)[:, None, None]
+        total = by_head[:, :, None]
+    else:
+        total = tl.sum(by_head, axis=1)[:, None, None]
+    return total
 
 
 @triton.jit
