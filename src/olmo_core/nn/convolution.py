@@ -138,34 +138,40 @@ def causal_conv1d(
     :returns: (B, T, C), in x's dtype.
     :raises ValueError: If ``cu_doc_lens`` does not describe the tokens.
     """
-    positions = None
+    positions, flat = None, x
     if cu_doc_lens is not None:
         # Imported here: the attention package imports this module.
         from olmo_core.nn.attention.lengths import check_cu_doc_lens, document_positions
 
-        check_cu_doc_lens(cu_doc_lens, x.shape[0] * x.shape[1], None)
-        positions = document_positions(cu_doc_lens, x.shape[0] * x.shape[1])
-    shape = x.shape
-    flat = x if positions is None else x.flatten(0, 1).unsqueeze(0)
+        total = x.shape[0] * x.shape[1]
+        check_cu_doc_lens(cu_doc_lens, total, None)
+        flat = x.flatten(0, 1).unsqueeze(0)
+        if not torch.compiler.is_compiling():
+            positions = document_positions(cu_doc_lens, total)
     if torch.compiler.is_compiling():
-        out = _fusible(flat, weight, bias, positions, silu)
+        out = _fusible(flat, weight, bias, cu_doc_lens, silu)
     else:
         out = torch.ops.olmo_core.causal_conv1d(flat, weight, bias, positions, silu)
-    return out.view(shape)
+    return out.view(x.shape)
 
 
 def _fusible(
-    x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor | None, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_doc_lens: Tensor | None, silu: bool
 ) -> Tensor:
     dtype, tokens = compute_dtype(x.dtype), x.shape[1]
+    documents = None
+    if cu_doc_lens is not None:
+        index = torch.arange(tokens, device=x.device, dtype=cu_doc_lens.dtype)
+        documents = torch.searchsorted(cu_doc_lens, index, right=True)
     taps = weight.squeeze(1).to(dtype).flip(-1).unbind(-1)
     out = x.to(dtype) * taps[0]
     if bias is not None:
         out = out + bias.to(dtype)
     for lag in range(1, min(len(taps), tokens)):
         past = F.pad(x, (0, 0, lag, 0))[:, :tokens].to(dtype)
-        if positions is not None:
-            past = past.masked_fill((positions < lag).unsqueeze(-1), 0)
+        if documents is not None:
+            other = F.pad(documents[lag:] != documents[:-lag], (lag, 0))
+            past = past.masked_fill(other.unsqueeze(-1), 0)
         out = out + past * taps[lag]
     return (F.silu(out) if silu else out).to(x.dtype)
 
