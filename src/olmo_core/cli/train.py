@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from olmo_core.train.checkpoint import Checkpoint
     from olmo_core.train.config import TrainConfig
-    from olmo_core.train.metrics import Row
-    from olmo_core.train.trainer import Summary, Trainer
+    from olmo_core.train.trainer import Trainer
 
 # What a run writes into its folder; --overwrite removes these and nothing else.
 OURS = (
@@ -62,6 +61,9 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove the folder's earlier run first.")
     ] = False,
+    sample: Annotated[
+        int, typer.Option("--sample", help="Tokens (bytes) of the sample at the end; 0 is none.")
+    ] = 400,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the configuration and stop.")
     ] = False,
@@ -74,8 +76,7 @@ def command(
     # cuBLAS reads this when CUDA starts; without it matrix products may differ from run to run.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-    from rich.console import Console
-
+    from olmo_core.cli import tables
     from olmo_core.train.presets import DEFAULT_PRESET, get_preset
 
     if resume and overwrite:
@@ -87,7 +88,7 @@ def command(
     if steps is not None:
         changes.append(f"steps={steps}")
 
-    console = Console(soft_wrap=not os.isatty(1))
+    console = tables.console()
     checkpoint = None
     if show_config:
         config = get_preset(preset or DEFAULT_PRESET).merge(changes)
@@ -100,21 +101,29 @@ def command(
     if show_config:
         console.print_json(data=config.as_dict())
         return
-    _train(config, run, checkpoint, console)
+    _train(config, run, checkpoint, sample, console)
 
 
-def _train(config: TrainConfig, run: Path, checkpoint: Checkpoint | None, console: Console) -> None:
+def _train(
+    config: TrainConfig, run: Path, checkpoint: Checkpoint | None, sample: int, console: Console
+) -> None:
+    from olmo_core.cli import train_report as report
     from olmo_core.train.trainer import Trainer
 
     trainer = Trainer(config, run, checkpoint=checkpoint)
-    _print_header(trainer, console)
+    report.print_header(trainer, console)
     start, began = trainer.step, time.monotonic()
-    with _stopping_on_signals(trainer, console), _Progress(trainer, console) as progress:
+    progress = report.TrainingProgress(trainer, console)
+    with _stopping_on_signals(trainer, console), progress:
         summary = trainer.fit(progress)
     seconds = time.monotonic() - began
-    _print_summary(trainer, summary, summary.step - start, seconds, console)
+    report.print_summary(trainer, summary, summary.step - start, seconds, console)
     if summary.stopped_by is not None:
+        print(f"Stopped. Go on with: olmo-core train --run {run} --resume")
         raise typer.Exit(128 + summary.stopped_by)
+    if sample > 0:
+        report.print_sample(trainer, sample, console)
+    print(f'More of it: olmo-core generate -c {run} "ROMEO:"')
 
 
 def _last_checkpoint(run: Path, console: Console) -> Checkpoint | None:
@@ -190,119 +199,3 @@ def _stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Progress:
-    """A bar with loss, tokens/s and time left; a line for each look at the held-out text."""
-
-    def __init__(self, trainer: Trainer, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console = console
-        self.tokens_of_step = trainer.config.data.batch_size * trainer.config.data.sequence_length
-        self.last_step, self.last_time = trainer.step, time.monotonic()
-        self.progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=24),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[speed]} tokens/s"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task(
-            "", total=trainer.config.steps, completed=trainer.step, loss="-", speed="-"
-        )
-        self.speed = 0.0
-
-    def __enter__(self) -> _Progress:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def steps(self, rows: list[Row]) -> None:
-        now, row = time.monotonic(), rows[-1]
-        if row["step"] > self.last_step:
-            done = row["step"] - self.last_step
-            self.speed = done * self.tokens_of_step / max(now - self.last_time, 1e-9)
-            self.last_step, self.last_time = row["step"], now
-        self.progress.update(
-            self.task, completed=row["step"], loss=f"{row['loss']:.3f}", speed=f"{self.speed:,.0f}"
-        )
-        if "held_out" in row:
-            self.console.print(
-                f"step {row['step']:>6}  loss {row['loss']:.3f}  "
-                f"held-out {row['held_out']:.3f} bits/byte  {self.speed:,.0f} tokens/s",
-                highlight=False,
-            )
-
-    def saved(self, folder: Path) -> None:
-        """Checkpoints come often: they need no line."""
-
-
-def _print_header(trainer: Trainer, console: Console) -> None:
-    config = trainer.config
-    source = config.data.path or "the embedded corpus (Shakespeare)"
-    flops = trainer.model.num_flops_per_token(config.data.sequence_length)
-    console.print(
-        f"{trainer.model.num_params():,} parameters, {flops / 1e6:.1f} MFLOP a token, on "
-        f"{trainer.device}; {trainer.data.num_tokens:,} tokens of {source}, "
-        f"{trainer.held_out.num_tokens:,} held out; {config.data.batch_size} rows of "
-        f"{config.data.sequence_length} tokens a step"
-        + (f"; going on from step {trainer.step}" if trainer.step else ""),
-        highlight=False,
-    )
-
-
-def _print_summary(
-    trainer: Trainer, summary: Summary, steps: int, seconds: float, console: Console
-) -> None:
-    from rich.table import Table
-
-    from olmo_core.train.metrics import read_metrics
-    from olmo_core.train.plot import plot_losses
-
-    run = trainer.run
-    table = Table(show_header=False, box=None, padding=(0, 2))
-    tokens = steps * trainer.config.data.batch_size * trainer.config.data.sequence_length
-    table.add_row("steps", f"{summary.step} of {trainer.config.steps}")
-    if steps:
-        speed = f"{tokens / seconds:,.0f} tokens/s"
-        table.add_row("time", f"{seconds:.0f} s for {tokens:,} tokens: {speed}, looks included")
-    if summary.held_out is not None:
-        gain = summary.bigram - summary.held_out
-        table.add_row("held-out text", f"{summary.held_out:.3f} bits/byte")
-        words = "better" if gain > 0 else "worse"
-        table.add_row("bigram model", f"{summary.bigram:.3f} bits/byte: {abs(gain):.3f} {words}")
-    table.add_row("checkpoint", str(summary.checkpoint))
-    plot = run / "loss.png"
-    rows = read_metrics(run / "metrics.jsonl")
-    if any("held_out" in row for row in rows):
-        drawn = plot_losses(rows, summary.bigram, plot, f"{run.name}: loss")
-        table.add_row("plot", str(plot) if drawn else "pip install 'olmo-attention[plot]' draws it")
-    console.print(table, highlight=False, soft_wrap=True)
-    if summary.stopped_by is not None:
-        console.print(f"Stopped. Go on with: olmo-core train --run {run} --resume", soft_wrap=True)
-        return
-    console.rule("a sample", align="left")
-    console.print(_sample(trainer), markup=False, highlight=False)
-    console.rule()
-    console.print(
-        f'More of it: olmo-core generate --checkpoint {run} "ROMEO:"', highlight=False,
-        soft_wrap=True,
-    )  # fmt: skip
-
-
-def _sample(trainer: Trainer, tokens: int = 400) -> str:
-    from olmo_core.data import EOD, decode
-    from olmo_core.nn.transformer import generate
-
-    steps = generate(
-        trainer.model, [[EOD]], max_new_tokens=tokens, temperature=0.8, top_p=0.95,
-        seed=trainer.config.seed, end_token=EOD,
-    )  # fmt: skip
-    return decode(token for (token,) in steps if token is not None)

@@ -37,7 +37,7 @@ def get_preset(name: str) -> TrainConfig:
 
 
 def tiny() -> TrainConfig:
-    """A transformer of 4 layers, d_model 160: RMS pre-norm, RoPE, qk-norm, SwiGLU."""
+    """A transformer of 4 layers, d_model 128: RMS pre-norm, RoPE, qk-norm, SwiGLU."""
     return _config([TransformerBlockConfig(sequence_mixer=_attention())])
 
 
@@ -52,12 +52,14 @@ def tiny_ngpt() -> TrainConfig:
     """``tiny`` as an nGPT: normalized attention, matrices on the sphere, no weight decay."""
     block = TransformerBlockConfig(
         name=TransformerBlockType.ngpt,
+        alpha_init=0.25,
         sequence_mixer=AttentionConfig(
             name=AttentionType.normalized, n_heads=HEADS, rope=RoPEConfig()
         ),
     )
     config = _config([block])
     config.model.init_method = InitMethod.normalized
+    config.optimizer.lr = 5e-3
     config.optimizer.weight_decay = 0.0
     config.optimizer.warmup_steps = 0
     return config
@@ -97,15 +99,19 @@ def _attention() -> AttentionConfig:
 
 
 def _config(blocks: list[TransformerBlockConfig]) -> TrainConfig:
+    # Small batches: on a CPU many steps teach more than large ones. Scenes are cut into pieces of
+    # 256 bytes, at least four to a row, each attended to by itself.
     return TrainConfig(
         model=TransformerConfig(
-            d_model=160,
+            d_model=128,
             vocab_size=VOCAB_SIZE,
             n_layers=4,
             blocks=blocks,
             init_method=InitMethod.fan_in,
         ),
-        data=DataConfig(sequence_length=512, batch_size=8),
-        optimizer=OptimizerConfig(lr=3e-3),
-        steps=500,
+        data=DataConfig(sequence_length=1024, batch_size=1, max_doc_len=256),
+        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=40),
+        steps=1200,
+        eval_every=200,
+        save_every=100,
     )

@@ -81,13 +81,11 @@ class NormalizedTransformerBlock(nn.Module):
 
     h = norm(x + a_m * (norm(mixer(x)) - x)); y = norm(h + a_f * (norm(feed_forward(h)) - h)),
     with norm(x) = x / |x| and the learned eigen learning rates a of each dimension. They start at
-    0.05 and are stored as ``mixer_alpha`` and ``feed_forward_alpha`` at the scale d^-1/2 of the
-    other parameters, so that one learning rate suits all.
+    ``alpha_init`` and are stored as ``mixer_alpha`` and ``feed_forward_alpha`` at the scale d^-1/2
+    of the other parameters, so that one learning rate suits all.
 
     :raises OLMoConfigurationError: if the mixer cannot normalize its matrices.
     """
-
-    ALPHA_INIT = 0.05
 
     def __init__(
         self,
@@ -95,6 +93,7 @@ class NormalizedTransformerBlock(nn.Module):
         d_model: int,
         sequence_mixer: SequenceMixer,
         feed_forward: FeedForward,
+        alpha_init: float = 0.05,
         dtype: torch.dtype = torch.float32,
         init_device: str = "cpu",
     ) -> None:
@@ -106,6 +105,7 @@ class NormalizedTransformerBlock(nn.Module):
                     f"{type(part).__name__} has none: choose the normalized attention and "
                     "feed-forward, or another block"
                 )
+        self.alpha_init = alpha_init
         self.alpha_scale = d_model**-0.5
         self.sequence_mixer = sequence_mixer
         self.feed_forward = feed_forward
@@ -125,7 +125,7 @@ class NormalizedTransformerBlock(nn.Module):
         return self._step(h, self.feed_forward(h), self.feed_forward_alpha)
 
     def _step(self, x: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-        rate = (alpha * (self.ALPHA_INIT / self.alpha_scale)).to(x.dtype)
+        rate = (alpha * (self.alpha_init / self.alpha_scale)).to(x.dtype)
         return l2_normalize(torch.lerp(x, l2_normalize(target), rate))
 
     def init_weights(

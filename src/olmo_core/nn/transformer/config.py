@@ -56,6 +56,8 @@ class TransformerBlockConfig(Config):
     to a multiple of 32, normalized in an ``ngpt`` block."""
     layer_norm: LayerNormConfig = field(default_factory=_rms_norm)
     """Both norms of the block; ``ngpt`` blocks have none."""
+    alpha_init: float = 0.05
+    """Where the eigen learning rates of an ``ngpt`` block start: about 1 / n_layers."""
 
     def feed_forward_of(self, d_model: int) -> FeedForwardConfig:
         """The feed-forward network of a block of width ``d_model``."""
@@ -107,7 +109,11 @@ class TransformerBlockConfig(Config):
         }
         if self.name == TransformerBlockType.ngpt:
             return blocks.NormalizedTransformerBlock(
-                d_model=d_model, dtype=dtype.as_pt(), init_device=init_device, **parts
+                d_model=d_model,
+                alpha_init=self.alpha_init,
+                dtype=dtype.as_pt(),
+                init_device=init_device,
+                **parts,
             )
         norm = self.layer_norm.replace(dtype=dtype)
         parts["sequence_mixer_norm"] = norm.build(d_model, init_device=init_device)

@@ -1,0 +1,142 @@
+"""What ``olmo-core train`` shows: the run's size, a progress bar, and a table at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from olmo_core.data import EOD, decode
+from olmo_core.nn.transformer import generate
+from olmo_core.train.metrics import Row, read_metrics
+from olmo_core.train.plot import plot_losses
+from olmo_core.train.trainer import Summary, Trainer
+
+__all__ = ["TrainingProgress", "print_header", "print_sample", "print_summary"]
+
+
+class TrainingProgress:
+    """A bar with loss, tokens/s and time left; a line for each look at the held-out text."""
+
+    def __init__(self, trainer: Trainer, console: Console) -> None:
+        self.console = console
+        self.tokens_of_step = trainer.config.data.batch_size * trainer.config.data.sequence_length
+        self.last_step, self.last_time, self.speed = trainer.step, time.monotonic(), 0.0
+        self.progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(
+            "", total=trainer.config.steps, completed=trainer.step, loss="-", speed="-"
+        )
+
+    def __enter__(self) -> TrainingProgress:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def steps(self, rows: list[Row]) -> None:
+        now, row = time.monotonic(), rows[-1]
+        done = row["step"] - self.last_step
+        self.speed = done * self.tokens_of_step / max(now - self.last_time, 1e-9)
+        self.last_step, self.last_time = row["step"], now
+        self.progress.update(
+            self.task, completed=row["step"], loss=f"{row['loss']:.3f}", speed=f"{self.speed:,.0f}"
+        )
+        if "held_out" in row:
+            self.console.print(
+                f"step {row['step']:>6}  loss {row['loss']:.3f}  "
+                f"held-out {row['held_out']:.3f} bits/byte"
+            )
+
+    def saved(self, folder: Path) -> None:
+        """Checkpoints come often: they need no line."""
+
+
+def print_header(trainer: Trainer, console: Console) -> None:
+    """The model's and the data's size."""
+    data = trainer.config.data
+    flops = trainer.model.num_flops_per_token(trainer.data.max_doc_len)
+    table = _table()
+    table.add_row(
+        "model",
+        f"{trainer.model.num_params():,} parameters, {flops / 1e6:.1f} MFLOP a token, on "
+        f"{trainer.device}",
+    )
+    table.add_row("text", data.path or "the embedded corpus: Shakespeare's plays")
+    table.add_row(
+        "tokens",
+        f"{trainer.data.num_tokens:,} to train on, {trainer.held_out.num_tokens:,} held out",
+    )
+    table.add_row(
+        "batch",
+        f"{data.batch_size} x {data.sequence_length} tokens of packed documents, at most "
+        f"{trainer.data.max_doc_len} each",
+    )
+    if trainer.step:
+        table.add_row("from", f"step {trainer.step}")
+    console.print(table, soft_wrap=True)
+
+
+def print_summary(
+    trainer: Trainer, summary: Summary, steps: int, seconds: float, console: Console
+) -> None:
+    """How the run ended, with the plot drawn.
+
+    :param steps: that this process made, in ``seconds``.
+    """
+    run = trainer.run
+    tokens = steps * trainer.config.data.batch_size * trainer.config.data.sequence_length
+    table = _table()
+    table.add_row("steps", f"{summary.step} of {trainer.config.steps}")
+    if steps:
+        table.add_row(
+            "time", f"{seconds:.0f} s, {tokens / seconds:,.0f} tokens/s with all interruptions"
+        )
+    if summary.held_out is not None:
+        gain = summary.bigram - summary.held_out
+        words = "better than" if gain > 0 else "worse than"
+        table.add_row(
+            "held-out text",
+            f"{summary.held_out:.3f} bits/byte: {abs(gain):.3f} {words} the bigram model's "
+            f"{summary.bigram:.3f}",
+        )
+    table.add_row("checkpoint", str(summary.checkpoint))
+    rows = read_metrics(run / "metrics.jsonl")
+    if any("held_out" in row for row in rows):
+        plot = run / "loss.png"
+        drawn = plot_losses(rows, summary.bigram, plot, f"{run.name}: loss")
+        table.add_row("plot", str(plot) if drawn else "pip install 'olmo-attention[plot]' draws it")
+    console.print(table, soft_wrap=True)
+
+
+def print_sample(trainer: Trainer, tokens: int, console: Console) -> None:
+    """Text that the model makes from nothing."""
+    steps = generate(
+        trainer.model,
+        [[EOD]],
+        max_new_tokens=tokens,
+        temperature=0.8,
+        top_p=0.95,
+        seed=trainer.config.seed,
+        end_token=EOD,
+    )
+    console.rule("a sample", align="left")
+    console.print(decode(token for (token,) in steps if token is not None), markup=False)
+    console.rule()
+
+
+def _table() -> Table:
+    return Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -1,0 +1,314 @@
+"""The commands, in this process where that is enough and in one of their own where it is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from olmo_core.cli.main import COMMANDS, app
+from olmo_core.train.metrics import read_metrics
+
+SMALL = [
+    "model.d_model=16", "model.n_layers=2", "model.blocks.0.sequence_mixer.n_heads=2",
+    "data.sequence_length=32", "data.batch_size=2", "data.max_doc_len=null", "device=cpu",
+    "eval_batches=1", "optimizer.warmup_steps=2", "--sample=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    lines = [json.dumps({"text": f"{i} mice and {i * i} cats. " * (1 + i % 7)}) for i in range(60)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    result = invoke("train", "--run", folder, "--data", text, "--steps", 6, *SMALL)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def invoke(*args: Any) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], prog_name="olmo-core")
+
+
+def error(result: Result) -> str:
+    """The message of a command that failed: one, without a traceback."""
+    assert result.exit_code in (1, 2), result.output
+    assert "Traceback" not in result.output and isinstance(result.exception, SystemExit)
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_help_names_every_command_and_does_not_import_torch() -> None:
+    code = (
+        "import sys; from olmo_core.cli.main import app\n"
+        "try: app(['--help'], prog_name='olmo-core')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert all(name in output for name in COMMANDS) and output.split()[-1] == "False"
+
+
+def test_version_and_unknown_command() -> None:
+    assert invoke("--version").output.startswith("olmo-core ")
+    assert "No such command 'trian'" in error(invoke("trian"))
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_help_of_a_command(command: str) -> None:
+    assert "Usage: olmo-core" in invoke(command, "--help").output
+
+
+def test_train_leaves_checkpoint_metrics_and_plot(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert {"step-00000006", "metrics.jsonl"} <= names
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, 7))
+    assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_train_reports_within_a_hundred_columns(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["train", "--run", "r", "--data", text, "--steps", 2, *SMALL[:-1], "--sample", 20]
+    result = invoke(*args)
+    for word in ("held-out text", "bigram model", "checkpoint", "plot", "a sample", "generate"):
+        assert word in result.output
+    # A path is not broken, and may be longer than anyone's terminal.
+    lines = [line for line in result.output.splitlines() if str(text) not in line]
+    assert max(len(line.rstrip()) for line in lines) <= 100
+
+
+def test_generate_is_seeded_and_needs_no_cache(run: Path) -> None:
+    args = ["generate", "--checkpoint", run, "--max-tokens", 40, "4 mice"]
+    one = invoke(*args)
+    assert one.exit_code == 0 and one.output.startswith("4 mice")
+    assert invoke(*args).output == one.output != invoke(*args, "--seed", 1).output
+    greedy = invoke(*args, "--temperature", 0)
+    assert greedy.output == invoke(*args, "--temperature", 0, "--no-cache").output
+    assert greedy.output == invoke(*args[:2], run / "step-00000006", *args[3:], "-t", 0).output
+
+
+def test_generate_several_prompts_as_each_alone(run: Path) -> None:
+    options = ["-c", run, "-n", 30, "-t", 0]
+    both = invoke("generate", *options, "4 mice and", "é").output
+    alone = [invoke("generate", *options, prompt).output for prompt in ("4 mice and", "é")]
+    assert both == f"--- 1 ---\n{alone[0]}--- 2 ---\n{alone[1]}"
+
+
+def test_generate_reads_standard_input(run: Path) -> None:
+    args = ["generate", "-c", str(run), "-n", "5", "-"]
+    assert CliRunner().invoke(app, args, input="from a pipe").output.startswith("from a pipe")
+
+
+def test_earlier_runs_are_not_overwritten_by_accident(tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "r"
+    args = ["train", "--run", folder, "--data", text, *SMALL, "--steps"]
+    assert invoke(*args, 2).exit_code == 0
+    message = error(invoke(*args, 2))
+    assert "--resume" in message and "--overwrite" in message
+    assert invoke(*args, 4, "--resume").exit_code == 0
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    (folder / "notes.txt").write_text("mine")
+    assert invoke(*args, 1, "--overwrite").exit_code == 0
+    assert len(read_metrics(folder / "metrics.jsonl")) == 1
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_resume_starts_where_there_is_nothing(tmp_path: Path, text: Path) -> None:
+    args = ["train", "--run", tmp_path / "r", "--data", text, "--steps", 1, "--resume", *SMALL]
+    assert invoke(*args).exit_code == 0
+
+
+def test_resume_says_which_checkpoint_was_damaged(tmp_path: Path, text: Path) -> None:
+    args = ["train", "--run", tmp_path, "--data", text, "save_every=1", *SMALL, "--steps"]
+    assert invoke(*args, 3).exit_code == 0
+    (tmp_path / "step-00000003" / "model.safetensors").write_bytes(b"torn")
+    result = invoke(*args, 4, "--resume")
+    assert result.exit_code == 0
+    assert "step-00000003 is damaged" in result.output and "step-00000002" in result.output
+
+
+def test_show_config_round_trips(tmp_path: Path) -> None:
+    from olmo_core.train.config import TrainConfig
+    from olmo_core.train.presets import get_preset
+
+    result = invoke("train", "-p", "tiny-window", "--show-config", "optimizer.lr=0.5")
+    shown = TrainConfig.from_dict(json.loads(result.output))
+    assert shown == get_preset("tiny-window").merge(["optimizer.lr=0.5"])
+
+
+BAD_TRAIN: dict[str, tuple[list[str], str]] = {
+    "unknown key": (["optimizer.lrr=1"], "'lrr'; did you mean 'lr'?"),
+    "unknown key of the model": (["model.layers=2"], "did you mean 'n_layers'?"),
+    "no value": (["steps"], "expected 'field=value'"),
+    "not a number": (["steps=many"], "expected int, got 'many'"),
+    "zero steps": (["--steps", "0"], "steps must be at least 1"),
+    "not an integer": (["--steps", "x"], "Invalid value for '--steps'"),
+    "unknown option": (["--step", "3"], "No such option"),
+    "unknown preset": (["-p", "tiny-windows"], "did you mean 'tiny-window'?"),
+    "no data": (["--data", "/nowhere"], "/nowhere does not exist"),
+    "unknown device": (["device=abacus"], "device 'abacus' cannot be used"),
+    "resume and overwrite": (["--resume", "--overwrite"], "exclude each other"),
+    "bad mixer": (["model.blocks.0.sequence_mixer.type=mamba"], "unknown type 'mamba'"),
+    "no such block": (["model.blocks.7.name=ngpt"], "index"),
+    "heads do not divide": (["model.blocks.0.sequence_mixer.n_heads=3"], "128"),
+    "negative rate": (["optimizer.lr=-1"], "optimizer.lr must be positive"),
+    "half a block": (["model.blocks.0.name=ngpt"], "ngpt block needs"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TRAIN)
+def test_bad_train_calls(tmp_path: Path, name: str) -> None:
+    args, message = BAD_TRAIN[name]
+    assert message in error(invoke("train", "--run", tmp_path / "r", *args))
+    assert not (tmp_path / "r").exists()
+
+
+def test_bad_folders(tmp_path: Path, run: Path, text: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "is a file" in error(invoke("train", "--run", tmp_path / "file"))
+    for option in ([], ["--resume"]):
+        assert "is not empty (file" in error(invoke("train", "--run", tmp_path, *option))
+    message = error(invoke("train", "--run", run, "--resume", "model.d_model=32"))
+    assert "is of another model" in message
+    message = error(invoke("train", "--run", run, "--resume", "-p", "tiny-window", *SMALL))
+    assert "was not trained as preset 'tiny-window'" in message
+
+
+BAD_GENERATE: dict[str, tuple[list[str], str]] = {
+    "hot": (["--temperature", "-1"], "temperature must be 0"),
+    "infinitely hot": (["--temperature", "inf"], "temperature"),
+    "no nucleus": (["--top-p", "0"], "top_p must lie in (0, 1]"),
+    "too large a nucleus": (["--top-p", "1.5"], "top_p"),
+    "no tokens": (["--max-tokens", "0"], "max_new_tokens must be at least 1"),
+    "not a number": (["--max-tokens", "few"], "Invalid value for"),
+    "unknown device": (["--device", "abacus"], "abacus"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GENERATE)
+def test_bad_generate_calls(run: Path, name: str) -> None:
+    args, message = BAD_GENERATE[name]
+    assert message in error(invoke("generate", "-c", run, *args))
+
+
+def test_generate_without_a_checkpoint(tmp_path: Path) -> None:
+    assert "does not exist" in error(invoke("generate", "-c", tmp_path / "nowhere"))
+    assert "holds no checkpoint" in error(invoke("generate", "-c", tmp_path))
+
+
+# Processes of their own without an import of torch for each: this one forks them and reports
+# their ends.
+FORKER = """
+import json, os, sys
+from olmo_core.cli.main import app
+from olmo_core.cli import train
+from olmo_core.train import presets, trainer
+for line in sys.stdin:
+    args, log = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for number in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        app(args, prog_name="olmo-core")
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Forker:
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKER], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def start(self, args: list[Any], log: Path) -> int:
+        """The id of a process that runs ``olmo-core args``."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps([list(map(str, args)), str(log)]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        assert self.process.stdout is not None
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def forker() -> Iterator[Forker]:
+    forker = Forker()
+    yield forker
+    forker.process.communicate(timeout=60)
+
+
+def long_run(folder: Path, text: Path, *options: Any) -> list[Any]:
+    return [
+        "train", "--run", folder, "--data", text, "--steps", 150, "--resume",
+        "save_every=10", "log_every=5", "eval_every=50", *SMALL, *options,
+    ]  # fmt: skip
+
+
+def losses(folder: Path) -> list[tuple[Any, ...]]:
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [(row["step"], row["loss"], row.get("held_out")) for row in rows]
+
+
+def wait_for_rows(folder: Path, before: int = 0) -> None:
+    until = time.monotonic() + 60
+    while len(losses(folder)) <= before:
+        assert time.monotonic() < until, "no training within a minute"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_a_run_ends_with_the_same_losses(
+    tmp_path: Path, text: Path, forker: Forker, kills: int
+) -> None:
+    assert invoke(*long_run(tmp_path / "whole", text)).exit_code == 0
+    expected = losses(tmp_path / "whole")
+    assert len(expected) == 150
+
+    folder, rng, reached = tmp_path / "killed", random.Random(kills), []
+    for _ in range(kills):
+        child = forker.start(long_run(folder, text), tmp_path / "log")
+        wait_for_rows(folder)
+        time.sleep(rng.uniform(0, 0.25))
+        os.kill(child, signal.SIGKILL)
+        assert forker.wait() in (-signal.SIGKILL, 0)
+        reached.append(len(losses(folder)))
+    assert reached[0] < 150, "the first process ended before it was killed"
+    result = invoke(*long_run(folder, text))
+    assert result.exit_code == 0, result.output
+    assert losses(folder) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(
+    tmp_path: Path, text: Path, forker: Forker, number: signal.Signals
+) -> None:
+    child = forker.start(long_run(tmp_path / "r", text, "steps=100000"), tmp_path / "log")
+    wait_for_rows(tmp_path / "r")
+    os.kill(child, number)
+    assert forker.wait() == 128 + number
+    output = (tmp_path / "log").read_text()
+    assert f"{number.name}: saving a checkpoint" in output and "--resume" in output
+    assert "Traceback" not in output
+    last = losses(tmp_path / "r")[-1][0]
+    assert (tmp_path / "r" / f"step-{last:08d}" / "state.json").is_file()
