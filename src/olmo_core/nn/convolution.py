@@ -299,9 +299,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    bias = ctx.saved_tensors[2]
+    x, weight, bias, positions = ctx.saved_tensors  # checkpointing lets them be read once
     dx, dweight, dbias = torch.ops.olmo_core.causal_conv1d_backward(
-        dy, *ctx.saved_tensors, ctx.silu
+        dy, x, weight, bias, positions, ctx.silu
     )
     return dx, dweight, (None if bias is None else dbias), None, None
 

@@ -1,0 +1,251 @@
+"""Decoding with a gated delta net: cached = full, left padding, rollback, reset, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from olmo_core.nn.attention.recurrent import GatedDeltaNet
+from olmo_core.nn.attention.recurrent_cache import RecurrentCache, replay
+
+D_MODEL = 16
+TOKENS = 50
+
+
+def build(dtype: torch.dtype = torch.float64, **options: object) -> GatedDeltaNet:
+    torch.manual_seed(0)
+    options = {"n_heads": 2, "n_v_heads": 4, "head_dim": 4, "conv_bias": True, **options}
+    layer = GatedDeltaNet(d_model=D_MODEL, dtype=dtype, **options)
+    with torch.no_grad():
+        layer.A_log.sub_(2)
+    return layer.requires_grad_(False)
+
+
+def tokens(batch: int = 2) -> Tensor:
+    return torch.randn(batch, TOKENS, D_MODEL, dtype=torch.float64)
+
+
+def cache_of(layer: GatedDeltaNet) -> RecurrentCache:
+    assert layer.kv_cache_manager is not None
+    return layer.kv_cache_manager
+
+
+@given(
+    chunks=st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    max_rollback=st.integers(0, 4),
+    conv_size=st.integers(1, 4),
+)
+def test_cached_equals_full(chunks: list[int], max_rollback: int, conv_size: int) -> None:
+    layer = build(conv_size=conv_size)
+    chunks = [*chunks, 1, 1]
+    x = torch.randn(2, sum(chunks), D_MODEL, dtype=torch.float64)
+    want = layer(x)
+    layer.init_kv_cache_manager(2, x.shape[1], max_rollback=max_rollback)
+    got = torch.cat([layer(piece) for piece in x.split(chunks, 1)], 1)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert cache_of(layer).current_position().item() == x.shape[1]
+
+
+@pytest.mark.parametrize("max_rollback", [0, 3])
+def test_left_padding(max_rollback: int) -> None:
+    """Padding may end inside the first chunk or in a later one, or fill a row."""
+    layer = build()
+    x = tokens(3)
+    leftpad = torch.tensor([0, 5, 13], dtype=torch.int32)
+    layer.init_kv_cache_manager(3, TOKENS, max_rollback=max_rollback)
+    first = layer(x[:, :10], cache_leftpad=leftpad)
+    rest = [layer(x[:, 10:20]), *(layer(x[:, t : t + 1]) for t in range(20, TOKENS))]
+    got = torch.cat([first, *rest], 1)
+    layer.kv_cache_manager = None
+    for row, pad in enumerate(leftpad.tolist()):
+        want = layer(x[row : row + 1, pad:])[0]
+        torch.testing.assert_close(got[row, pad:], want, rtol=0, atol=1e-12)
+        assert not got[row, :pad].any()
+
+
+@given(
+    prompt=st.integers(1, 12),
+    drafts=st.lists(
+        st.integers(1, 5).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=8
+    ),
+    one_by_one=st.booleans(),
+)
+def test_rollback(prompt: int, drafts: list[tuple[int, int]], one_by_one: bool) -> None:
+    """Speculative decoding: drafts of which the last are rejected and replaced."""
+    layer = build()
+    x = tokens()
+    want = layer(x)
+    layer.init_kv_cache_manager(2, TOKENS + 10, max_rollback=5)
+    cache = cache_of(layer)
+    layer(x[:, :prompt])
+    position = prompt
+    for drafted, rejected in drafts:
+        accepted = drafted - rejected
+        draft = x[:, position : position + drafted].clone()
+        draft[:, accepted:] = torch.randn_like(draft[:, accepted:])
+        pieces = draft.split(1, 1) if one_by_one else [draft]
+        got = torch.cat([layer(piece) for piece in pieces], 1)
+        cache.rollback(rejected)
+        kept = want[:, position : position + accepted]
+        torch.testing.assert_close(got[:, :accepted], kept, rtol=0, atol=1e-12)
+        position += accepted
+        assert cache.current_position().item() == cache.host_seqlen == position
+    got = layer(x[:, position : position + 1])
+    torch.testing.assert_close(got, want[:, position : position + 1], rtol=0, atol=1e-12)
+
+
+def test_rollback_in_several_goes_and_to_the_start() -> None:
+    layer = build()
+    x = tokens()
+    want = layer(x)
+    layer.init_kv_cache_manager(2, TOKENS, max_rollback=6)
+    cache = cache_of(layer)
+    layer(x[:, :4])
+    cache.rollback(1)
+    cache.rollback(0)
+    cache.rollback(3)
+    assert not any(buffer.any() for buffer in cache.buffers())
+    torch.testing.assert_close(layer(x[:, :30]), want[:, :30], rtol=0, atol=1e-12)
+    cache.rollback(2)
+    cache.rollback(4)
+    with pytest.raises(ValueError, match="can now restore 0"):
+        cache.rollback(1)
+    torch.testing.assert_close(layer(x[:, 24:]), want[:, 24:], rtol=0, atol=1e-12)
+
+
+def test_rollback_with_strong_gates() -> None:
+    """The state is rebuilt from sums of g that are never subtracted from each other."""
+    layer = build(torch.float32)
+    layer.A_log += 8
+    x = tokens().float()
+    layer.init_kv_cache_manager(2, TOKENS, max_rollback=8)
+    layer(x[:, :20])
+    state = cache_of(layer).state.clone()
+    layer(torch.randn(2, 8, D_MODEL))
+    cache_of(layer).rollback(8)
+    torch.testing.assert_close(cache_of(layer).state, state, rtol=1e-5, atol=1e-7)
+
+
+def test_memory_does_not_grow_with_drafts_or_length() -> None:
+    """One state, one base state, and k, U, g for each token that may be forgotten."""
+    layer = build()
+    layer.init_kv_cache_manager(2, 10**6, max_rollback=5)
+    state = 2 * 4 * 4 * 8
+    recent = 2 * 5 * (2 * 4 + 4 * 8 + 4)
+    convolutions = 2 * (3 + 5) * (8 + 8 + 32)
+    counters = 2 + 1
+    sizes = sum(b.numel() for b in cache_of(layer).buffers())
+    assert sizes == 2 * state + recent + convolutions + counters
+    assert not any("cache" in name for name in layer.state_dict())
+
+
+def test_reset() -> None:
+    layer = build()
+    x = tokens()
+    layer.init_kv_cache_manager(2, TOKENS, max_rollback=3)
+    pad = torch.tensor([4, 0], dtype=torch.int32)
+    first = layer(x, cache_leftpad=pad)
+    cache_of(layer).reset()
+    assert not cache_of(layer).has_leftpad
+    second = layer(x)
+    cache_of(layer).reset()
+    assert torch.equal(layer(x, cache_leftpad=pad), first)
+    layer.kv_cache_manager = None
+    torch.testing.assert_close(second, layer(x), rtol=0, atol=1e-12)
+
+
+def test_a_cache_made_in_inference_mode_serves_outside() -> None:
+    layer = build()
+    x = tokens()
+    with torch.inference_mode():
+        layer.init_kv_cache_manager(2, TOKENS, max_rollback=2)
+        layer(x[:, :5])
+    torch.testing.assert_close(layer(x[:, 5:9]), _uncached(layer, x)[:, 5:9], rtol=0, atol=1e-12)
+
+
+def _uncached(layer: GatedDeltaNet, x: Tensor) -> Tensor:
+    cache, layer.kv_cache_manager = layer.kv_cache_manager, None
+    out = layer(x)
+    layer.kv_cache_manager = cache
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes_and_autocast(dtype: torch.dtype) -> None:
+    layer = build(torch.float32 if dtype == torch.bfloat16 else dtype)
+    x = tokens().float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        want = layer(x)
+        layer.init_kv_cache_manager(2, TOKENS, max_rollback=3)
+        got = torch.cat([layer(piece) for piece in x.split([30, 5, *[1] * 15], 1)], 1)
+    assert got.dtype == dtype and cache_of(layer).state.dtype == torch.float32
+    error = (got.double() - want.double()).norm() / want.double().norm()
+    assert error < 4 * torch.finfo(dtype).eps
+
+
+def test_a_compiled_step_neither_breaks_nor_recompiles() -> None:
+    layer = build()
+    x = tokens()
+    want = layer(x)
+    layer.init_kv_cache_manager(2, TOKENS, max_rollback=2)
+    layer(x[:, :10])
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(layer, fullgraph=True, backend=backend)
+    outs = []
+    for t in range(10, TOKENS):
+        cache_of(layer).reserve(1)
+        outs.append(step(x[:, t : t + 1]))
+    torch.testing.assert_close(torch.cat(outs, 1), want[:, 10:], rtol=0, atol=1e-12)
+    assert len(graphs) == 1
+
+
+def test_replay_is_the_recurrence() -> None:
+    state = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    keys, updates = torch.randn(2, 7, 2, 3).double(), torch.randn(2, 7, 4, 5).double()
+    g = -torch.rand(2, 7, 4, dtype=torch.float64)
+    want = state
+    for t in range(7):
+        write = keys[:, t].repeat_interleave(2, 1).unsqueeze(-1) * updates[:, t].unsqueeze(-2)
+        want = g[:, t].exp()[..., None, None] * want + write
+    torch.testing.assert_close(replay(state, keys, updates, g), want, rtol=0, atol=1e-13)
+
+
+def test_refusals() -> None:
+    layer = build()
+    x = tokens()
+    pad = torch.tensor([1, 0], dtype=torch.int32)
+    for sizes in ((0, 8), (2, 0)):
+        with pytest.raises(ValueError, match="room for a row and a token"):
+            layer.init_kv_cache_manager(*sizes)
+    with pytest.raises(ValueError, match="must not be negative"):
+        layer.init_kv_cache_manager(2, 8, max_rollback=-1)
+    layer.init_kv_cache_manager(2, 8, max_rollback=2)
+    with pytest.raises(ValueError, match="cu_doc_lens"):
+        layer(x[:, :4], torch.tensor([0, 8], dtype=torch.int32))
+    with pytest.raises(ValueError, match="batch of 2, got 1"):
+        layer(x[:1, :4])
+    with pytest.raises(RuntimeError, match="holds 0 of at most 8 tokens a row, and 9 more"):
+        layer(x[:, :9])
+    with pytest.raises(ValueError, match="Can't forget 1 of 0"):
+        cache_of(layer).rollback(1)
+    with pytest.raises(ValueError, match=r"must be in \[0, 8\]"):
+        layer(x[:, :4], cache_leftpad=9 * pad)
+    assert not any(buffer.any() for buffer in cache_of(layer).buffers())
+    layer(x[:, :7])
+    with pytest.raises(ValueError, match="already holds 7"):
+        layer(x[:, :1], cache_leftpad=pad)
+    with pytest.raises(ValueError, match="Raise max_rollback"):
+        cache_of(layer).rollback(3)
+    with pytest.raises(ValueError, match="Can't forget -1"):
+        cache_of(layer).rollback(-1)
+    with pytest.raises(RuntimeError, match="holds 7 of at most 8"):
+        layer(x[:, :2])
+    layer(x[:, 7:8])
