@@ -19,6 +19,7 @@ from olmo_core.nn.attention.kernels.library_args import (
     empty_forward,
     flat,
     is_empty,
+    may_have_empty_rows,
     window_offsets,
 )
 from olmo_core.nn.attention.segments import Segments
@@ -36,6 +37,52 @@ def library() -> ModuleType | None:
     return flash_attn_interface
 
 
+def _library_for(q: Tensor) -> ModuleType | None:
+    """The package if it serves tensors like ``q``. torch's copy pads odd head_dims, and has all."""
+    if library() is None or q.shape[-1] % 8 or not _is_built_for(q.dtype, q.shape[-1], q.device):
+        return None
+    return library()
+
+
+@lru_cache(maxsize=64)
+def _is_built_for(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
+    """Whether the package has the kernels of a dtype and head_dim: compared once with torch's copy.
+
+    A build that leaves some out may run others in their place, silently: one for bf16 alone read
+    float16 as bf16.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (3, 1, 64, 1, head_dim)
+    q, k, v = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    want, _, _ = torch_ops.cuda_flash_forward(q, k, v, Segments.dense(64, 64), scale=0.1)
+    lib = library()
+    assert lib is not None
+    try:
+        got, *_ = _forward(lib, q, k, v, Segments.dense(64, 64), 0.1, 0.0)
+    except RuntimeError:  # the build refuses them
+        return False
+    return bool((got.float() - want.float()).norm() < 0.05 * want.float().norm())
+
+
+def _forward(
+    lib: ModuleType, q: Tensor, k: Tensor, v: Tensor, s: Segments, scale: float, dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    left, right = window_offsets(s, -1)
+    options = {
+        "dropout_p": dropout_p, "softmax_scale": scale, "causal": s.causal,
+        "window_size_left": left, "window_size_right": right, "softcap": 0.0,
+        "alibi_slopes": None, "return_softmax": False,
+    }  # fmt: skip
+    if s.cu_q is None:
+        out, lse, _, rng = lib._flash_attn_forward(q, k, v, **options)
+    else:
+        out, lse, _, rng = lib._flash_attn_varlen_forward(
+            *flat(s, q, k, v), s.cu_q, s.cu_k, s.max_q, s.max_k, **options
+        )
+    out, lse = batched(s, out, lse)
+    return out, lse, rng
+
+
 class Flash2Kernel:
     """See :class:`Kernel`."""
 
@@ -47,23 +94,11 @@ class Flash2Kernel:
         """See :meth:`Kernel.forward`."""
         if is_empty(q, k):
             return *empty_forward(q), torch_ops.no_rng(q)
-        lib = library()
-        if lib is None or q.shape[-1] % 8:  # torch_ops pads odd head_dims
+        lib = _library_for(q)
+        if lib is None:
             return torch_ops.cuda_flash_forward(q, k, v, s, scale=scale, dropout_p=dropout_p)
-        left, right = window_offsets(s, -1)
-        options = {
-            "dropout_p": dropout_p, "softmax_scale": scale, "causal": s.causal,
-            "window_size_left": left, "window_size_right": right, "softcap": 0.0,
-            "alibi_slopes": None, "return_softmax": False,
-        }  # fmt: skip
-        if s.cu_q is None:
-            out, lse, _, rng = lib._flash_attn_forward(q, k, v, **options)
-        else:
-            out, lse, _, rng = lib._flash_attn_varlen_forward(
-                *flat(s, q, k, v), s.cu_q, s.cu_k, s.max_q, s.max_k, **options
-            )
-        out, lse = batched(s, out, lse)
-        if _may_have_empty_rows(s):
+        out, lse, rng = _forward(lib, q, k, v, s, scale, dropout_p)
+        if may_have_empty_rows(s):
             lse = torch.where(lse == math.inf, -math.inf, lse)
         return out, lse.contiguous(), rng if dropout_p else torch_ops.no_rng(q)
 
@@ -74,12 +109,12 @@ class Flash2Kernel:
         """See :meth:`Kernel.backward`."""
         if is_empty(q, k):
             return empty_backward(q, k, v)
-        lib = library()
-        if lib is None or q.shape[-1] % 8:
+        lib = _library_for(q)
+        if lib is None:
             return torch_ops.cuda_flash_backward(
                 dout, q, k, v, out, lse, rng, s, scale=scale, dropout_p=dropout_p
             )
-        if _may_have_empty_rows(s):
+        if may_have_empty_rows(s):
             lse = torch.where(lse == -math.inf, math.inf, lse)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         left, right = window_offsets(s, -1)
@@ -98,11 +133,6 @@ class Flash2Kernel:
                 *saved, *grads, s.cu_q, s.cu_k, s.max_q, s.max_k, **options
             )
         return dq, dk, dv
-
-
-def _may_have_empty_rows(s: Segments) -> bool:
-    """FlashAttention-2 marks a query without keys by +inf. Self-attention has none of those."""
-    return s.cu_q is not s.cu_k or s.max_q != s.max_k
 
 
 KERNEL = Flash2Kernel()

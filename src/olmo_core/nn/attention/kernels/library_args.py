@@ -9,7 +9,16 @@ from torch import Tensor
 
 from olmo_core.nn.attention.segments import Segments
 
-__all__ = ["batched", "empty_backward", "empty_forward", "flat", "is_empty", "window_offsets"]
+__all__ = [
+    "batched",
+    "empty_backward",
+    "empty_forward",
+    "flat",
+    "is_empty",
+    "may_have_empty_rows",
+    "sees_nothing",
+    "window_offsets",
+]
 
 
 def flat(s: Segments, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -31,6 +40,22 @@ def window_offsets(s: Segments, unlimited: int | None) -> tuple[int | None, int 
 def is_empty(q: Tensor, k: Tensor) -> bool:
     """Whether there is no query or no key: the libraries launch empty grids, or refuse."""
     return not q.numel() or not k.numel()
+
+
+def may_have_empty_rows(s: Segments) -> bool:
+    """Whether a query may see no key. In self-attention each sees itself."""
+    return s.cu_q is not s.cu_k or s.max_q != s.max_k
+
+
+def sees_nothing(s: Segments, n_q: int) -> Tensor:
+    """Which queries of a flattened problem see no key: ``(n_q,)`` bool, computed on the device."""
+    assert s.cu_q is not None and s.cu_k is not None
+    index = torch.arange(n_q, dtype=s.cu_q.dtype, device=s.cu_q.device)
+    segment = torch.searchsorted(s.cu_q, index, right=True) - 1
+    queries, keys = ((cu[1:] - cu[:-1])[segment] for cu in (s.cu_q, s.cu_k))
+    if not s.causal:
+        return keys == 0
+    return index - s.cu_q[segment] < queries - keys
 
 
 def empty_forward(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.registration import register_differentiable
+
 __all__ = ["qk_norm_rope", "qk_norm_rope_reference", "rope_only", "row_stat", "supported"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -402,9 +404,7 @@ def _register() -> None:
         for key in both:
             _LIB.impl(name, run, key)
         torch.library.register_fake(f"olmo_core::{name}", fake, lib=_LIB)
-        torch.library.register_autograd(
-            f"olmo_core::{name}", differentiate, setup_context=save, lib=_LIB
-        )
+        register_differentiable(_LIB, name, differentiate, save)
 
 
 _register()

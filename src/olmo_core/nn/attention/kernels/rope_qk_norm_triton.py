@@ -13,6 +13,7 @@ Memory sets the pace. For q and k of ``n`` bytes together, forward moves ``2 n``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -300,7 +301,7 @@ def launch_forward(
     n_tokens = q.shape[0] * q.shape[1]
     if n_tokens == 0:
         return q_out, k_out
-    sizes, block_q, block_k = _sizes(q, k, rotary_dim, per_head)
+    sizes, block_q, block_k = _sizes(*q.shape[2:], k.shape[2], rotary_dim, per_head)
     programs_q = triton.cdiv(n_tokens, block_q)
     _forward[(programs_q + triton.cdiv(n_tokens, block_k),)](
         q, k, q_out, k_out, q_weight, k_weight, squares, rstd, sin, cos, positions,
@@ -332,7 +333,7 @@ def launch_backward(
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dsquares = torch.empty_like(rstd) if given and rstd is not None else None
     n_tokens = q.shape[0] * q.shape[1]
-    sizes, block_q, block_k = _sizes(q, k, rotary_dim, per_head)
+    sizes, block_q, block_k = _sizes(*q.shape[2:], k.shape[2], rotary_dim, per_head)
     programs_q, programs_k = triton.cdiv(n_tokens, block_q), triton.cdiv(n_tokens, block_k)
     if q_weight is not None or k_weight is not None:
         most = _multiprocessors(q.device) * _BACKWARD_PROGRAMS_PER_SM
@@ -355,10 +356,11 @@ def launch_backward(
     return dq, dk, dq_weight, dk_weight, dsquares
 
 
+@lru_cache(maxsize=64)
 def _sizes(
-    q: Tensor, k: Tensor, rotary_dim: int, per_head: bool
+    heads_q: int, dim: int, heads_k: int, rotary_dim: int, per_head: bool
 ) -> tuple[dict[str, int | bool], int, int]:
-    heads_q, heads_k, dim = q.shape[2], k.shape[2], q.shape[3]
+    """What a kernel is compiled for, and the tokens of a tile of q and of k."""
     pad = triton.next_power_of_2(dim // 2)
     pad_q, pad_k = triton.next_power_of_2(heads_q), triton.next_power_of_2(heads_k)
     block_q, block_k = (max(1, _TILE // (2 * pad * heads)) for heads in (pad_q, pad_k))
@@ -378,6 +380,7 @@ def _table_strides(sin: Tensor | None, positions: Tensor | None) -> tuple[int, i
     return 0 if sin is None else sin.stride(0), by_row
 
 
+@cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1

@@ -6,6 +6,7 @@ take it back. cuDNN plans once for each kind and size of problem.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,8 @@ from olmo_core.nn.attention.kernels.library_args import (
     empty_forward,
     flat,
     is_empty,
+    may_have_empty_rows,
+    sees_nothing,
     window_offsets,
 )
 from olmo_core.nn.attention.kernels.torch_ops import no_rng
@@ -51,6 +54,13 @@ class TEKernel:
         assert not dropout_p
         if is_empty(q, k):
             return *empty_forward(q), no_rng(q)
+        hidden = _hidden_queries(s, q, k)
+        if hidden:
+            out, lse = empty_forward(q)
+            tail = Segments.dense(k.shape[1], k.shape[1], window=s.window)
+            seen = self.forward(q[:, hidden:], k, v, tail, scale=scale)
+            out[:, hidden:], lse[..., hidden:] = seen[:2]
+            return out, lse, no_rng(q)
         q, k, v = (x.contiguous() for x in flat(s, q, k, v))  # its layouts imply the strides
         options, lengths = _options(s, q, k, scale)
         out, aux, *_ = library().fused_attn_fwd(
@@ -59,6 +69,10 @@ class TEKernel:
         lse = aux[0].squeeze(-1)
         if s.cu_q is not None:
             lse = lse.transpose(0, 1)
+            if may_have_empty_rows(s):
+                empty = sees_nothing(s, q.shape[0])
+                lse = lse.masked_fill(empty, -math.inf)
+                out = out.masked_fill(empty[:, None, None], 0.0)
         out, lse = batched(s, out, lse)
         return out, lse.contiguous(), no_rng(q)
 
@@ -69,21 +83,38 @@ class TEKernel:
         """See :meth:`Kernel.backward`."""
         if is_empty(q, k):
             return empty_backward(q, k, v)
+        hidden = _hidden_queries(s, q, k)
+        if hidden:
+            dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+            tail = Segments.dense(k.shape[1], k.shape[1], window=s.window)
+            saved = (dout[:, hidden:], q[:, hidden:], k, v, out[:, hidden:], lse[..., hidden:])
+            dq[:, hidden:], dk, dv = self.backward(*saved, rng, tail, scale=scale)
+            return dq, dk, dv
         dout, q, k, v, out = (x.contiguous() for x in flat(s, dout, q, k, v, out))
         (lse,) = flat(s, lse)
+        empty = None
         if s.cu_q is not None:
+            if may_have_empty_rows(s):
+                empty = sees_nothing(s, q.shape[0])
+                lse = lse.masked_fill(lse == -math.inf, 0.0)  # exp(-inf - 0) is 0, and not NaN
             lse = lse.transpose(0, 1)
         no_dropout = torch.zeros(2, dtype=torch.int64, device=q.device)
         options, lengths = _options(s, q, k, scale)
-        layout = options["o_format"]
         dq, dk, dv, *_ = library().fused_attn_bwd(
             s.max_q, s.max_k, *lengths, q, k, v, out, dout, q.dtype,
-            [lse.contiguous()[..., None], no_dropout], _backend(), do_format=layout,
+            [lse.contiguous()[..., None], no_dropout], _backend(), do_format=options["o_format"],
             dqkv_layout=options["qkv_layout"],
             deterministic=torch.are_deterministic_algorithms_enabled(), **options,
         )  # fmt: skip
+        if empty is not None:
+            dq = dq.masked_fill(empty[:, None, None], 0.0)
         dq, dk, dv = batched(s, dq, dk, dv)
         return dq, dk, dv
+
+
+def _hidden_queries(s: Segments, q: Tensor, k: Tensor) -> int:
+    """Leading queries of a dense problem that see no key: cuDNN refuses more queries than keys."""
+    return max(0, q.shape[1] - k.shape[1]) if s.cu_q is None and s.causal else 0
 
 
 def _backend() -> Any:
