@@ -98,7 +98,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, GatedDeltaNet, Call
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=0.15)
         (theirs.o_norm if hasattr(theirs, "o_norm") else theirs.norm).weight.uniform_(0.5, 1.5)
         theirs.A_log.sub_(2)
         theirs.dt_bias.normal_()
