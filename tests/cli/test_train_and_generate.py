@@ -125,6 +125,9 @@ def test_earlier_runs_are_not_overwritten_by_accident(tmp_path: Path, text: Path
     assert invoke(*args, 4, "--resume").exit_code == 0
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4]
     (folder / "notes.txt").write_text("mine")
+    for mistake in (["optimizer.lr=0"], ["--data", "/nowhere"]):
+        error(invoke(*args, 1, *mistake, "--overwrite"))
+        assert len(read_metrics(folder / "metrics.jsonl")) == 4
     assert invoke(*args, 1, "--overwrite").exit_code == 0
     assert len(read_metrics(folder / "metrics.jsonl")) == 1
     assert (folder / "notes.txt").read_text() == "mine"

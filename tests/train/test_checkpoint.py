@@ -42,6 +42,7 @@ def test_round_trip_and_only_the_last_two_stay(tmp_path: Path) -> None:
     assert found.model()["w"].tolist() == [2000] * 3
     assert found.training()["rng.cpu"].tolist() == [0, 1, 2, 3]
     assert find_checkpoint(run / "step-00000100")[0].step == 100
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
     from olmo_core.train.checkpoint import Checkpoint
     from olmo_core.train.config import TrainConfig
     from olmo_core.train.trainer import Trainer
-
-# What a run writes into its folder; --overwrite removes these and nothing else.
-OURS = (
-    "step-*", "damaged-step-*", ".writing-step-*", ".old-step-*",
-    "metrics.jsonl", ".metrics.jsonl", "loss.png", ".lock",
-)  # fmt: skip
 
 
 def command(
@@ -78,6 +71,7 @@ def command(
 
     from olmo_core.cli import tables
     from olmo_core.train.presets import DEFAULT_PRESET, get_preset
+    from olmo_core.train.trainer import Trainer
 
     if resume and overwrite:
         raise OLMoConfigurationError("--resume and --overwrite exclude each other: choose one")
@@ -96,21 +90,19 @@ def command(
         config = _config_of(checkpoint, preset, changes)
     else:
         config = get_preset(preset or DEFAULT_PRESET).merge(changes)
-        _prepare_folder(run, resume, overwrite)
+        _check_folder(run, resume, overwrite)
     config.check()
     if show_config:
         console.print_json(data=config.as_dict())
         return
-    _train(config, run, checkpoint, sample, console)
+
+    trainer = Trainer(config, run, checkpoint=checkpoint, overwrite=overwrite)
+    _train(trainer, sample, console)
 
 
-def _train(
-    config: TrainConfig, run: Path, checkpoint: Checkpoint | None, sample: int, console: Console
-) -> None:
+def _train(trainer: Trainer, sample: int, console: Console) -> None:
     from olmo_core.cli import train_report as report
-    from olmo_core.train.trainer import Trainer
 
-    trainer = Trainer(config, run, checkpoint=checkpoint)
     report.print_header(trainer, console)
     start, began = trainer.step, time.monotonic()
     progress = report.TrainingProgress(trainer, console)
@@ -119,11 +111,11 @@ def _train(
     seconds = time.monotonic() - began
     report.print_summary(trainer, summary, summary.step - start, seconds, console)
     if summary.stopped_by is not None:
-        print(f"Stopped. Go on with: olmo-core train --run {run} --resume")
+        print(f"Stopped. Go on with: olmo-core train --run {trainer.run} --resume")
         raise typer.Exit(128 + summary.stopped_by)
     if sample > 0:
         report.print_sample(trainer, sample, console)
-    print(f'More of it: olmo-core generate -c {run} "ROMEO:"')
+    print(f'More of it: olmo-core generate -c {trainer.run} "ROMEO:"')
 
 
 def _last_checkpoint(run: Path, console: Console) -> Checkpoint | None:
@@ -156,25 +148,20 @@ def _config_of(checkpoint: Checkpoint, preset: str | None, changes: list[str]) -
     return config
 
 
-def _prepare_folder(run: Path, resume: bool, overwrite: bool) -> None:
+def _check_folder(run: Path, resume: bool, overwrite: bool) -> None:
+    from olmo_core.train.folder import run_files
+
     if not run.exists():
         return
     if not run.is_dir():
         raise OLMoConfigurationError(f"--run {run} is a file: give a folder")
-    ours = [path for pattern in OURS for path in run.glob(pattern)]
-    if overwrite:
-        for path in ours:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        return
-    others = sorted(path.name for path in run.iterdir() if path not in ours)
-    if ours and not resume:
+    ours = run_files(run)
+    if ours and not resume and not overwrite:
         raise OLMoConfigurationError(
             f"{run} holds an earlier run: --resume goes on with it, --overwrite removes it, "
             "another --run keeps both"
         )
+    others = sorted(path.name for path in run.iterdir() if path not in ours)
     if others and not ours:
         raise OLMoConfigurationError(
             f"{run} is not empty ({', '.join(others[:3])}, ...): choose another folder with --run"

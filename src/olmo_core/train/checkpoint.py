@@ -76,6 +76,9 @@ def save_checkpoint(
             digests[name] = _sync(hidden / name)
         state = {"format": FORMAT, "step": step, "config": config, "extra": extra or {}}
         (hidden / STATE).write_text(json.dumps({**state, "sha256": digests}, indent=1) + "\n")
+        for name in digests:
+            # safetensors makes files that their owner alone can read, whatever the umask says.
+            shutil.copymode(hidden / STATE, hidden / name)
         _sync(hidden / STATE)
         _sync_folder(hidden)
         if target.exists():

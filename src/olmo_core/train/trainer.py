@@ -28,9 +28,13 @@ from olmo_core.train.checkpoint import (
     set_random_state,
 )
 from olmo_core.train.config import TrainConfig
+from olmo_core.train.folder import remove_run
 from olmo_core.train.metrics import Metrics, Row
 from olmo_core.train.schedule import cosine_with_warmup
 from olmo_core.utils import get_default_device, seed_all
+
+# The last look at the held-out text takes this many times the batches of the others.
+FINAL_LOOK = 4
 
 
 class TrainingError(OLMoError):
@@ -67,6 +71,7 @@ class Trainer:
     :param config: see :class:`TrainConfig`.
     :param run: the folder for checkpoints and ``metrics.jsonl``; made if it is missing.
     :param checkpoint: where to go on, of a run with the same model.
+    :param overwrite: whether :meth:`fit` first removes what an earlier run left in the folder.
     :raises OLMoError: for a configuration, data or checkpoint that does not fit.
     """
 
@@ -76,10 +81,12 @@ class Trainer:
         run: Path,
         *,
         checkpoint: Checkpoint | None = None,
+        overwrite: bool = False,
     ) -> None:
         config.check()
         self.config = config
         self.run = run
+        self.overwrite = overwrite
         self.device = get_device(config.device)
         self.stop_signal: int | None = None
         self.step = 0
@@ -96,7 +103,7 @@ class Trainer:
         self.optimizer = _adamw(self.model, config)
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.loss_of = torch.compile(self.model) if config.compile else self.model
+        self.forward = torch.compile(self.model) if config.compile else self.model
 
     def fit(self, observer: Observer) -> Summary:
         """Train to the last step, or until :attr:`stop_signal` is set.
@@ -107,41 +114,39 @@ class Trainer:
         config = self.config
         self.run.mkdir(parents=True, exist_ok=True)
         with _only_one_process(self.run), _deterministic(self.device):
+            if self.overwrite:
+                remove_run(self.run)
             retire_newer(self.run, self.step)
             metrics = Metrics(self.run / "metrics.jsonl", self.step)
             if self.step == 0:
                 self._save()
+            started, stopping = time.monotonic(), False
             pending: list[Row] = []
-            started = time.monotonic()
-            while self.step < config.steps and self.stop_signal is None:
-                pending.append(self._train_step() | {"seconds": time.monotonic() - started})
+            while self.step < config.steps and not stopping:
+                row = self._train_step()
+                pending.append(row | {"seconds": time.monotonic() - started})
+                # Read once: a signal that comes later in this step counts after the next.
+                stopping = self.stop_signal is not None
                 last = self.step == config.steps
-                due = {
-                    name: self.step % every == 0 or last
-                    for name, every in (
-                        ("log", config.log_every),
-                        ("eval", config.eval_every),
-                        ("save", config.save_every),
-                    )
-                }
-                if due["eval"] and not last:
-                    pending[-1]["held_out"] = self.evaluate(config.eval_batches)
-                if any(due.values()) or self.stop_signal is not None:
-                    if last:
-                        pending[-1]["held_out"] = self.evaluate(4 * config.eval_batches)
+                look = last or self.step % config.eval_every == 0
+                save = last or stopping or self.step % config.save_every == 0
+                if look:
+                    batches = config.eval_batches * (FINAL_LOOK if last else 1)
+                    pending[-1]["held_out"] = self.evaluate(batches)
+                if look or save or self.step % config.log_every == 0:
                     rows = [_on_host(row) for row in pending]
                     pending.clear()
                     self._expect_finite(rows)
                     metrics.append(rows)
                     observer.steps(rows)
-                if due["save"] or self.stop_signal is not None:
+                if save:
                     observer.saved(self._save())
             done = self.step >= config.steps
             held_out = metrics.rows[-1].get("held_out") if done and metrics.rows else None
             return Summary(
                 step=self.step,
                 held_out=held_out,
-                bigram=self.bigram_bits_per_byte(4 * config.eval_batches),
+                bigram=self.bigram_bits_per_byte(FINAL_LOOK * config.eval_batches),
                 checkpoint=self.run / f"step-{self.step:08d}",
                 stopped_by=None if done else self.stop_signal,
             )
@@ -185,7 +190,7 @@ class Trainer:
 
     def _loss(self, batch: PackedBatch, reduction: str) -> Tensor:
         with self._autocast():
-            loss: Tensor = self.loss_of(
+            loss: Tensor = self.forward(
                 batch.input_ids,
                 labels=batch.labels,
                 loss_reduction=reduction,
