@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -79,8 +79,10 @@ def _off(error: float) -> str:
 def _fla(device: torch.device) -> tuple[str, str]:
     if find_spec("fla") is None:
         return "", "not installed: the gated delta net runs torch's form"
-    module = import_module("olmo_core.nn.attention.kernels.fla")
-    return metadata.version("flash-linear-attention"), module.probe(device) or ""
+    from olmo_core.nn.attention.kernels.fla import fla_usable
+
+    usable, why = fla_usable(device)
+    return metadata.version("flash-linear-attention"), "" if usable else why
 
 
 def _matplotlib(device: torch.device) -> tuple[str, str]:
