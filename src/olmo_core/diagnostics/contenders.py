@@ -128,12 +128,15 @@ def _sdpa_mask(p: Problem) -> Attend:
     if p.case in (BenchCase.full, BenchCase.decode):
         raise Unavailable("no mask is needed")
     mask = _dense_mask(p)
+    # With a mask, CUDA's fused kernels do not group heads: SDPA would build all scores.
+    repeats = p.settings.n_heads // p.settings.n_kv_heads if p.device.type == "cuda" else 1
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(
-            1, 2
-        )
+        if repeats > 1:
+            k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=repeats == 1)
+        return out.transpose(1, 2)
 
     return attend
 
@@ -162,7 +165,8 @@ def _flex(p: Problem) -> Attend:
         return near & (document[query] == document[key])
 
     block_mask = create_block_mask(sees, None, None, p.n_tokens, p.n_tokens, device=p.device)
-    compiled = torch.compile(flex_attention)
+    torch.compiler.reset()  # each shape compiles anew, and dynamo gives up after eight
+    compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
