@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from olmo_core.cli.main import COMMANDS, app
 from olmo_core.train.metrics import read_metrics
 
 SMALL = [
+    "--preset=tiny",
     "model.d_model=16", "model.n_layers=2", "model.blocks.0.sequence_mixer.n_heads=2",
     "data.sequence_length=32", "data.batch_size=2", "data.max_doc_len=null", "device=cpu",
     "eval_batches=1", "optimizer.warmup_steps=2", "--sample=0",
@@ -147,6 +149,18 @@ def test_resume_says_which_checkpoint_was_damaged(tmp_path: Path, text: Path) ->
     assert "step-00000003 is damaged" in result.output and "step-00000002" in result.output
 
 
+def test_hybrid_trains_resumes_and_generates(tmp_path: Path, text: Path) -> None:
+    small = [*SMALL[1:], "model.blocks.1.sequence_mixer.n_heads=2", "model.n_layers=4"]
+    args = ["train", "--run", tmp_path, "--data", text, "--resume", *small, "--steps"]
+    for steps in (2, 3):
+        result = invoke(*args, steps)
+        assert result.exit_code == 0, result.output
+    weights = load_file(tmp_path / "step-00000003" / "model.safetensors")
+    assert [f"blocks.{i}.sequence_mixer.A_log" in weights for i in range(4)] == [True] * 3 + [False]
+    args = ["generate", "-c", tmp_path, "-t", 0, "-n", 30, "4 mice and", "é"]
+    assert invoke(*args).output == invoke(*args, "--no-cache").output
+
+
 def test_show_config_round_trips(tmp_path: Path) -> None:
     from olmo_core.train.config import TrainConfig
     from olmo_core.train.presets import get_preset
@@ -170,9 +184,10 @@ BAD_TRAIN: dict[str, tuple[list[str], str]] = {
     "resume and overwrite": (["--resume", "--overwrite"], "exclude each other"),
     "bad mixer": (["model.blocks.0.sequence_mixer.type=mamba"], "unknown type 'mamba'"),
     "no such block": (["model.blocks.7.name=ngpt"], "index"),
-    "heads do not divide": (["model.blocks.0.sequence_mixer.n_heads=3"], "128"),
+    "heads do not divide": (["-p", "tiny", "model.blocks.0.sequence_mixer.n_heads=3"], "128"),
     "negative rate": (["optimizer.lr=-1"], "optimizer.lr must be positive"),
-    "half a block": (["model.blocks.0.name=ngpt"], "ngpt block needs"),
+    "half a block": (["-p", "tiny", "model.blocks.0.name=ngpt"], "ngpt block needs"),
+    "ngpt among others": (["model.blocks.1.name=ngpt"], "do not mix"),
 }
 
 
@@ -190,7 +205,7 @@ def test_bad_folders(tmp_path: Path, run: Path, text: Path) -> None:
         assert "is not empty (file" in error(invoke("train", "--run", tmp_path, *option))
     message = error(invoke("train", "--run", run, "--resume", "model.d_model=32"))
     assert "is of another model" in message
-    message = error(invoke("train", "--run", run, "--resume", "-p", "tiny-window", *SMALL))
+    message = error(invoke("train", "--run", run, "--resume", *SMALL, "-p", "tiny-window"))
     assert "was not trained as preset 'tiny-window'" in message
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 
 def command(
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", "-c", help="A run's folder, or one step-* folder in it.")
+    ],
     prompts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -23,9 +26,6 @@ def command(
             help="Text to continue; several are continued together; '-' reads standard input.",
         ),
     ] = None,
-    checkpoint: Annotated[
-        Path, typer.Option("--checkpoint", "-c", help="A run's folder, or one step-* folder in it.")
-    ] = Path("runs/tiny"),
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", help="Most tokens (bytes) of each continuation.")
     ] = 500,

@@ -32,7 +32,11 @@ def command(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option("--preset", "-p", help="Where to start: tiny, tiny-window, tiny-ngpt, ..."),
+        typer.Option(
+            "--preset",
+            "-p",
+            help="Where to start: tiny-hybrid (default), tiny, tiny-window or tiny-ngpt.",
+        ),
     ] = None,
     run: Annotated[
         Path | None,

@@ -22,7 +22,7 @@ from olmo_core.nn.transformer import (
 )
 from olmo_core.train.config import DataConfig, OptimizerConfig, TrainConfig
 
-DEFAULT_PRESET = "tiny"
+DEFAULT_PRESET = "tiny-hybrid"
 
 
 def get_preset(name: str) -> TrainConfig:
