@@ -6,6 +6,7 @@ take packed documents, so packed sequences are compared with documents one by on
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -120,13 +121,26 @@ def assert_close(got: Tensor, want: Tensor) -> None:
 
 
 def assert_same_gradients(
-    theirs: nn.Module, ours: nn.Module, names: Callable[..., Weights]
+    theirs: nn.Module, ours: nn.Module, exact: nn.Module, names: Callable[..., Weights]
 ) -> None:
+    """Within 1e-5, and within the float32 error of theirs where that alone is larger.
+
+    Their gradient of A_log, a sum over all tokens that cancels, is off by up to 1.2e-5 here.
+    """
     want = names({n: p.grad for n, p in theirs.named_parameters()})
-    got = {n: p.grad for n, p in ours.named_parameters()}
+    got, true = ({n: p.grad for n, p in m.named_parameters()} for m in (ours, exact))
     assert got.keys() == want.keys()
     for name in want:
-        assert_close(got[name], want[name])
+        bound = max(1e-5 * want[name].norm(), 2 * (want[name] - true[name]).norm())
+        assert (got[name] - want[name]).norm() <= bound
+        assert (got[name] - true[name]).norm() <= 1e-5 * true[name].norm()
+
+
+def in_float64(layer: GatedDeltaNet) -> GatedDeltaNet:
+    """The same layer, itself held to the float64 recurrence by other tests."""
+    exact = copy.deepcopy(layer).double()
+    exact.zero_grad()
+    return exact
 
 
 def test_forward_and_gradients(
@@ -141,7 +155,9 @@ def test_forward_and_gradients(
     want.backward(cotangent)
     got.backward(cotangent)
     assert_close(y.grad, x.grad)
-    assert_same_gradients(theirs, ours, names)
+    exact = in_float64(ours)
+    exact(x.detach().double()).backward(cotangent.double())
+    assert_same_gradients(theirs, ours, exact, names)
 
 
 def test_packed_documents(pair: tuple[nn.Module, GatedDeltaNet, Callable[..., Weights]]) -> None:
@@ -155,7 +171,9 @@ def test_packed_documents(pair: tuple[nn.Module, GatedDeltaNet, Callable[..., We
     cotangent = torch.randn_like(want)
     want.backward(cotangent)
     got.backward(cotangent)
-    assert_same_gradients(theirs, ours, names)
+    exact = in_float64(ours)
+    exact(x.double(), cu).backward(cotangent.double())
+    assert_same_gradients(theirs, ours, exact, names)
 
 
 def test_decoding(pair: tuple[nn.Module, GatedDeltaNet, Callable[..., Weights]]) -> None:

@@ -163,7 +163,8 @@ class _Block:
         do, dx = self.douts.unbind(2)
         do.view(n, grid.batch, -1, C, grid.value_dim).copy_(grid.view(dout, self.block))
         do = do.flatten(0, 1)
-        attention, _ = scores(grid, self.qk, self.gamma, self.work)
+        attention, system = scores(grid, self.qk, self.gamma, self.work)
+        self.attention, self.system = attention, system
         self.qk_diagonal = attention[:, :: grid.group].diagonal(dim1=-2, dim2=-1).clone()
 
         du = self.work("dU", n, R, C, grid.value_dim)
@@ -201,63 +202,102 @@ class _Block:
 
     def queries_keys_gradients(self, dlog: Tensor, dbeta: Tensor) -> tuple[Tensor, Tensor]:
         """dQ and dK (n, B, H, C, K) of the op's inputs; writes those of c and beta (n, R, C)."""
-        grid, (n, R, C), K, G = self.grid, self.rows, self.grid.key_dim, self.grid.group
-        key_rows, groups = n * grid.key_rows, (n, grid.key_rows, G, C)
+        grid, (n, _, C), K, G = self.grid, self.rows, self.grid.key_dim, self.grid.group
+        groups = (n, grid.key_rows, G, C)
         q, k = self.qk.view(n, grid.key_rows, 1, 2, C, K).unbind(3)
-        beta = self.beta
+        beta = self.beta.squeeze(-1)
+        dscores, diagonal, by_tokens = self._score_gradients(groups)
 
-        dscores = self.work("dP, dA", n, R, 2, C, C)
-        douts = self.douts.view(n * R, 2 * C, -1)
-        torch.bmm(
-            douts, self.updates.flatten(0, 1).transpose(1, 2), out=dscores.view(n * R, 2 * C, C)
-        )
-        diagonal = dscores[:, :, 0].diagonal(dim1=-2, dim2=-1).reshape(groups).sum(2).unsqueeze(-1)
-        self.gamma.diagonal(dim1=-2, dim2=-1).zero_()
-        dscores.mul_(self.gamma.unsqueeze(2))
-
-        # What tokens get as readers of the state and of earlier tokens.
-        rows = self.work("rows", n, R, 2, C, K)
-        torch.bmm(douts, self.states.flatten(0, 1).transpose(1, 2), out=rows.view(n * R, 2 * C, K))
-        rows.mul_(self.from_start.unsqueeze(2))
-        rows.view(key_rows, G * 2 * C, K).baddbmm_(
-            dscores.view(key_rows, G * 2 * C, C), k.reshape(key_rows, C, K)
-        )
-        dq, dk_rows = rows.unbind(2)
-
-        # What they get as writers, of the state and for later tokens.
-        dk = self.work("write", n, R, C, K)
-        dstates = self.dstates[1:].flatten(0, 1).transpose(1, 2)
-        torch.bmm(self.updates.flatten(0, 1), dstates, out=dk.flatten(0, 1))
-        dk.mul_(self.to_end)
+        # Readers of the state, and writers: first what the state gives, whose dots c needs alone.
+        (dq, dk_rows), dk = self._reader_state_gradients(), self._writer_state_gradients()
         own_write = dk[:, :, -1].clone()
         dk[:, :, -1] = 0
-        dlog_end = self._dot(dk, k).sum(-1) + self._decay_gradient()
-        dscores[:, :, 1].mul_(beta)
-        writers = self.qk.view(n, grid.key_rows, 1, 2 * C, K).expand(-1, -1, G, -1, -1)
-        dk.flatten(0, 1).baddbmm_(
-            dscores.view(n * R, 2 * C, C).transpose(1, 2), writers.reshape(n * R, 2 * C, K)
-        )
-
-        read, erased, written = self._dot(dq, q), self._dot(dk_rows, k), self._dot(dk, k)
+        written = self._dot(dk, k)
+        dlog_end = written.sum(-1) + self._decay_gradient()
+        read = self._dot(dq, q).add_(by_tokens[0])
+        erased = self._dot(dk_rows, k).add_(by_tokens[1])
+        written.add_(by_tokens[2])
         torch.sub(erased, self._dot_values(), out=dbeta)
-        erased = erased * beta.squeeze(-1)
+        erased.mul_(beta)
         torch.add(read, erased, out=dlog).sub_(written)
         dlog[..., -1] += dlog_end
 
-        dk.addcmul_(dk_rows, beta)
+        self._add_token_gradients(dscores, dk)
+        dk.addcmul_(dk_rows, self.beta)
         dk[:, :, -1] += own_write
-        written[..., -1] += (own_write.view(*groups[:3], K) * k[..., -1, :]).sum(-1).view(n, R)
         dq, dk = (x.view(*groups, K).sum(2) if G > 1 else x for x in (dq, dk))
         q, k = q.squeeze(2), k.squeeze(2)
         dq.addcmul_(k, diagonal)
         dk.addcmul_(q, diagonal)
         if self.p.normalize_qk:
+            # y = x / |x| has dx = (dy - y <y, dy>) / |x|, and <y, dy> is mostly known.
             own = diagonal.squeeze(-1) * self.qk_diagonal
+            written[..., -1] += self._dot_last(own_write, k)
             along_q = read.view(groups).sum(2).add_(own).mul_(self.p.scale**-2)
-            along_k = (erased + written).view(groups).sum(2).add_(own)
+            along_k = erased.add_(written).view(groups).sum(2).add_(own)
             dq.addcmul_(q, along_q.unsqueeze(-1), value=-1)
             dk.addcmul_(k, along_k.unsqueeze(-1), value=-1)
         return self._unscale(dq, 0), self._unscale(dk, 1)
+
+    def _score_gradients(
+        self, groups: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """dP and dA (n, R, 2, C, C) below the diagonal; dP's diagonal (n, B * H, C, 1); and
+        <dq, q>, <dk, k> of what each token reads, erases and writes for others (n, R, C).
+
+        The last are rows and columns of the same products, so that what cancels between them in
+        the gradient of c does so.
+        """
+        n, R, C = self.rows
+        dscores = self.work("dP, dA", n, R, 2, C, C)
+        updates = self.updates.flatten(0, 1).transpose(1, 2)
+        torch.bmm(self.douts.view(n * R, 2 * C, -1), updates, out=dscores.view(n * R, 2 * C, C))
+        diagonal = dscores[:, :, 0].diagonal(dim1=-2, dim2=-1).reshape(groups).sum(2)
+        for x in (self.gamma, self.attention, self.system):
+            x.diagonal(dim1=-2, dim2=-1).zero_()
+        read, erased = (
+            x.mul_(dx)
+            for x, dx in zip((self.attention, self.system), dscores.unbind(2), strict=True)
+        )
+        rows = read.sum(-1), erased.sum(-1)
+        columns = read.addcmul_(erased, self.beta).sum(-2)
+        return dscores.mul_(self.gamma.unsqueeze(2)), diagonal.unsqueeze(-1), (*rows, columns)
+
+    def _reader_state_gradients(self) -> tuple[Tensor, Tensor]:
+        """What reading the state gives dQ and, without beta, dK (n, R, C, K)."""
+        n, R, C = self.rows
+        rows = self.work("rows", n, R, 2, C, self.grid.key_dim)
+        states = self.states.flatten(0, 1).transpose(1, 2)
+        torch.bmm(self.douts.view(n * R, 2 * C, -1), states, out=rows.view(n * R, 2 * C, -1))
+        dq, dk = rows.mul_(self.from_start.unsqueeze(2)).unbind(2)
+        return dq, dk
+
+    def _writer_state_gradients(self) -> Tensor:
+        """What writing to the outgoing state gives dK (n, R, C, K)."""
+        n, R, C = self.rows
+        dk = self.work("write", n, R, C, self.grid.key_dim)
+        dstates = self.dstates[1:].flatten(0, 1).transpose(1, 2)
+        torch.bmm(self.updates.flatten(0, 1), dstates, out=dk.flatten(0, 1))
+        return dk.mul_(self.to_end)
+
+    def _add_token_gradients(self, dscores: Tensor, dk: Tensor) -> None:
+        """Add what other tokens of the chunk give, to the readers' gradients and to ``dk``."""
+        grid, (n, R, C), K, G = self.grid, self.rows, self.grid.key_dim, self.grid.group
+        key_rows = n * grid.key_rows
+        keys = self.qk[:, :, :, 1].reshape(key_rows, C, K)
+        rows = self.work("rows", n, R, 2, C, K).view(key_rows, G * 2 * C, K)
+        rows.baddbmm_(dscores.view(key_rows, G * 2 * C, C), keys)
+        dscores[:, :, 1].mul_(self.beta)
+        both = self.qk.view(n, grid.key_rows, 1, 2 * C, K).expand(-1, -1, G, -1, -1)
+        dk.flatten(0, 1).baddbmm_(
+            dscores.view(n * R, 2 * C, C).transpose(1, 2), both.reshape(n * R, 2 * C, K)
+        )
+
+    def _dot_last(self, x: Tensor, k: Tensor) -> Tensor:
+        """<x, k> for each chunk's last token: x (n, R, K), k (n, B * H, C, K)."""
+        n, R, _ = self.rows
+        grouped = x.view(n, self.grid.key_rows, self.grid.group, -1)
+        return (grouped * k[:, :, -1].unsqueeze(2)).sum(-1).view(n, R)
 
     def _dot(self, x: Tensor, y: Tensor) -> Tensor:
         """<x, y> over K: x (n, R, C, K) with y (n, B * H, 1, C, K), giving (n, R, C)."""
