@@ -18,6 +18,7 @@ __all__ = [
     "may_have_empty_rows",
     "sees_nothing",
     "window_offsets",
+    "without_queries",
 ]
 
 
@@ -56,6 +57,14 @@ def sees_nothing(s: Segments, n_q: int) -> Tensor:
     if not s.causal:
         return keys == 0
     return index - s.cu_q[segment] < queries - keys
+
+
+def without_queries(s: Segments, n_k: int) -> Tensor:
+    """Which keys of a flattened problem are in a segment without queries: ``(n_k,)`` bool."""
+    assert s.cu_q is not None and s.cu_k is not None
+    index = torch.arange(n_k, dtype=s.cu_k.dtype, device=s.cu_k.device)
+    segment = torch.searchsorted(s.cu_k, index, right=True) - 1
+    return (s.cu_q[1:] - s.cu_q[:-1])[segment] == 0
 
 
 def empty_forward(q: Tensor) -> tuple[Tensor, Tensor]:

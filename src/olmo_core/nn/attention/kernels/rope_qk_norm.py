@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ _MAX_ROW = 32768  # elements of one token's heads that a program can hold in reg
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
+_CALL: dict[str, Callable[..., Any]] = {}
 
 
 def supported(q: Tensor, k: Tensor, *, rotary_dim: int | None = None) -> str | None:
@@ -113,7 +115,7 @@ def qk_norm_rope(
     rotary_dim = _rotary_dim(q, sin, rotary_dim)
     _check(q, k, q_weight, k_weight, eps, per_head, sin, cos, positions, rotary_dim, stats, widths)
     width_q, width_k = _widths(q, k, per_head, widths)
-    q_out, k_out, _ = torch.ops.olmo_core.qk_norm_rope(
+    q_out, k_out, _ = _CALL["qk_norm_rope"](
         q, k, q_weight, k_weight, sin, cos, positions, stats, rotary_dim, width_q, width_k, eps,
         per_head,
     )  # fmt: skip
@@ -135,7 +137,7 @@ def rope_only(
     """
     rotary_dim = _rotary_dim(q, sin, rotary_dim)
     _check(q, k, None, None, None, False, sin, cos, positions, rotary_dim, None, None)
-    return torch.ops.olmo_core.rope(q, k, sin, cos, positions, rotary_dim, False)
+    return _CALL["rope"](q, k, sin, cos, positions, rotary_dim, False)
 
 
 def qk_norm_rope_reference(
@@ -328,7 +330,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     q, k, q_weight, k_weight, sin, cos, positions, rstd = ctx.saved_tensors
-    dq, dk, dq_weight, dk_weight, dstats = torch.ops.olmo_core.qk_norm_rope_backward(
+    dq, dk, dq_weight, dk_weight, dstats = _CALL["qk_norm_rope_backward"](
         dq_out, dk_out, q, k, q_weight, k_weight, sin, cos, positions, rstd, *ctx.rest
     )
     return (
@@ -372,9 +374,7 @@ def _rope_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _rope_differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk = torch.ops.olmo_core.rope(
-        dq_out, dk_out, *ctx.saved_tensors, ctx.rotary_dim, not ctx.inverse
-    )
+    dq, dk = _CALL["rope"](dq_out, dk_out, *ctx.saved_tensors, ctx.rotary_dim, not ctx.inverse)
     return dq, dk, *(None,) * 5
 
 
@@ -404,7 +404,7 @@ def _register() -> None:
         for key in both:
             _LIB.impl(name, run, key)
         torch.library.register_fake(f"olmo_core::{name}", fake, lib=_LIB)
-        register_differentiable(_LIB, name, differentiate, save)
+        _CALL[name] = register_differentiable(_LIB, name, run, differentiate, save)
 
 
 _register()

@@ -23,6 +23,7 @@ from olmo_core.nn.attention.kernels.library_args import (
     may_have_empty_rows,
     sees_nothing,
     window_offsets,
+    without_queries,
 )
 from olmo_core.nn.attention.kernels.torch_ops import no_rng
 from olmo_core.nn.attention.segments import Segments
@@ -108,6 +109,9 @@ class TEKernel:
         )  # fmt: skip
         if empty is not None:
             dq = dq.masked_fill(empty[:, None, None], 0.0)
+            # cuDNN leaves the gradients of keys without queries unwritten.
+            alone = without_queries(s, k.shape[0])[:, None, None]
+            dk, dv = dk.masked_fill(alone, 0.0), dv.masked_fill(alone, 0.0)
         dq, dk, dv = batched(s, dq, dk, dv)
         return dq, dk, dv
 
