@@ -18,6 +18,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.base import require_cp_style
 from olmo_core.nn.attention.capabilities import (
     CAPABILITIES,
+    Capabilities,
     Environment,
     Feature,
     feature_reasons,
@@ -89,11 +90,11 @@ class AttentionBackend(nn.Module, ABC):
             )
         if not 0.0 <= dropout_p < 1.0:
             raise OLMoConfigurationError(f"dropout_p must be in [0, 1), got {dropout_p}.")
-        left, right = window_size
-        if not (left >= -1 and (right == 0 or (left, right) == (-1, -1))):
+        left, right = window_size if isinstance(window_size, tuple | list) else (None, None)
+        if left is None or not (left >= -1 and (right == 0 or (left, right) == (-1, -1))):
             raise OLMoConfigurationError(
                 "Attention is causal, so window_size is (-1, -1) for no window or (W - 1, 0) for a "
-                f"window of W keys, got {tuple(window_size)}."
+                f"window of W keys, got {window_size}."
             )
         self.head_dim, self.n_heads, self.n_kv_heads = head_dim, n_heads, n_kv_heads
         self.scale = head_dim**-0.5 if scale is None else scale
@@ -118,17 +119,23 @@ class AttentionBackend(nn.Module, ABC):
 
         :raises RuntimeError: With every reason, if it is not.
         """
-        if cls.name is not None:
-            reasons = installation_reasons(CAPABILITIES[cls.name], Environment.detect())
-            if reasons:
-                raise RuntimeError(refusal(cls.name, reasons))
+        if reasons := installation_reasons(cls._capabilities(), Environment.detect()):
+            raise RuntimeError(refusal(cls._capabilities().name, reasons))
 
     @classmethod
     def _assert_feature(cls, feature: Feature) -> None:
-        if cls.name is not None:
-            reasons = feature_reasons(CAPABILITIES[cls.name], [feature])
-            if reasons:
-                raise RuntimeError(refusal(cls.name, reasons))
+        if reasons := feature_reasons(cls._capabilities(), [feature]):
+            raise RuntimeError(refusal(cls._capabilities().name, reasons))
+
+    @classmethod
+    def _capabilities(cls) -> Capabilities:
+        """The table's row. A backend that states no capability has none."""
+        if cls.name is None:
+            raise RuntimeError(
+                f"{cls.__name__} has no name, so no row in the table of capabilities, and supports "
+                "nothing. Set name to an AttentionBackendName."
+            )
+        return CAPABILITIES[cls.name]
 
     @classmethod
     def assert_supports_swa(cls) -> None:
@@ -335,8 +342,13 @@ class TEAttentionBackend(AttentionBackend):
 class AutoAttentionBackend(AttentionBackend):
     """The fastest backend for each call, chosen when the first call of its kind comes.
 
-    See :func:`olmo_core.nn.attention.selection.choose`.
+    It can do whatever torch can, which is its last choice. See
+    :func:`olmo_core.nn.attention.selection.choose`.
     """
+
+    @classmethod
+    def _capabilities(cls) -> Capabilities:
+        return CAPABILITIES[AttentionBackendName.torch]
 
 
 BACKENDS: Mapping[str, type[AttentionBackend]] = {

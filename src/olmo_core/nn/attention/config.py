@@ -238,9 +238,12 @@ class AttentionConfig(SequenceMixerConfig[SequenceMixer]):
         :param layer_idx: The layer, which decides whether it has a window.
         :param init_device: The device to initialize the parameters on, e.g. "cpu", "meta".
         :raises OLMoConfigurationError: If an option is wrong, or one that the class lacks.
+        :raises ValueError: If there is no such layer.
         """
         from olmo_core.nn.attention.attention import Attention, FusedAttention, NormalizedAttention
 
+        if not 0 <= layer_idx < n_layers:
+            raise ValueError(f"layer_idx must be in [0, {n_layers}), got {layer_idx}.")
         window = None
         if self.sliding_window is not None and self.sliding_window.should_use_swa(
             layer_idx, n_layers

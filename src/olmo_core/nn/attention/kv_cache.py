@@ -52,6 +52,11 @@ class KVCacheManager(DecodingCache):
         super().__init__()
         if max_rollback < 0:
             raise ValueError(f"max_rollback must not be negative, got {max_rollback}.")
+        if min(num_kv_heads, head_dim) < 1:
+            raise ValueError(
+                "A KV cache needs a key head and a dimension at least, got "
+                f"num_kv_heads={num_kv_heads}, head_dim={head_dim}."
+            )
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.device, self.dtype = torch.device(device), dtype
         self.window, self.max_rollback = window, max_rollback

@@ -34,7 +34,7 @@ def _remember(lengths: Tensor, key: tuple[str, int], compute: Callable[[], T]) -
     The memory is weak in the tensor and checked by its version counter, which inference tensors do
     not have. What a graph computes belongs to the graph.
     """
-    if lengths.is_inference() or torch.compiler.is_compiling() or _is_capturing(lengths):
+    if torch.compiler.is_compiling() or lengths.is_inference() or _is_capturing(lengths):
         return compute()
     known = _DERIVED.get(lengths)
     if known is None or known[0] != lengths._version:
