@@ -7,12 +7,14 @@ only inside it. Dropout has an op of its own, tagged as seeded: recomputing it m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.kernels import get_kernel
+from olmo_core.nn.attention.kernels.registration import register_differentiable
 from olmo_core.nn.attention.segments import Segments
 
 __all__ = ["attend"]
@@ -22,6 +24,7 @@ _PROBLEM = (
     "float scale, float dropout_p, str kernel"
 )
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
+_CALL: dict[str, Callable[..., Any]] = {}
 
 
 def attend(
@@ -49,10 +52,10 @@ def attend(
     q, k, v = _autocast(q, k, v)
     _check(q, k, v)
     s = segments
-    op = torch.ops.olmo_core.attend_dropout if dropout_p else torch.ops.olmo_core.attend
-    return op(
+    out, _, _ = _CALL["attend_dropout" if dropout_p else "attend"](
         q, k, v, s.cu_q, s.cu_k, s.max_q, s.max_k, s.causal, s.window, scale, dropout_p, kernel
-    )[0]
+    )
+    return out
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -146,7 +149,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | No
     if dout is None:
         return None, None, None, *nothing
     q, k, v, out, lse, rng, cu_q, cu_k = ctx.saved_tensors
-    grads = torch.ops.olmo_core.attend_backward(dout, q, k, v, out, lse, rng, cu_q, cu_k, *ctx.rest)
+    grads = _CALL["attend_backward"](dout, q, k, v, out, lse, rng, cu_q, cu_k, *ctx.rest)
     return *grads, *nothing
 
 
@@ -164,16 +167,14 @@ def _register() -> None:
         _LIB.define(f"{name}(Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> {outputs}", tags=tags)
         _LIB.impl(name, _forward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"olmo_core::{name}", _forward_fake, lib=_LIB)
-        torch.library.register_autograd(
-            f"olmo_core::{name}", _differentiate, setup_context=_save, lib=_LIB
-        )
+        _CALL[name] = register_differentiable(_LIB, name, _forward, _differentiate, _save)
     _LIB.define(
         "attend_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
         f"Tensor rng, {_PROBLEM}) -> {outputs}"
     )
     _LIB.impl("attend_backward", _backward, "CompositeExplicitAutograd")
     torch.library.register_fake("olmo_core::attend_backward", _backward_fake, lib=_LIB)
-    torch.library.register_autograd("olmo_core::attend_backward", _refuse, lib=_LIB)
+    _CALL["attend_backward"] = register_differentiable(_LIB, "attend_backward", _backward, _refuse)
 
 
 _register()
