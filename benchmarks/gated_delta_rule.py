@@ -3,7 +3,8 @@
 4 heads, key dim 64, value dim 128, float32, T from 512 to 8192: small matrices, so that passes over
 memory and the launching of operations cost as much as the arithmetic. The floor is the time that
 the GEMMs alone take in this run, measured on buffers of the same shapes. CPU times, medians of 7
-alternating runs. transformers' backward is quadratic: slices in its loop get gradients of full size.
+alternating runs. transformers' backward is quadratic: slices in its loop get gradients of full
+size.
 
     python -m benchmarks.gated_delta_rule
 
