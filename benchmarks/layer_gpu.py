@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks._gpu import Report, copy_tbs, gemm_tflops, median_ms, peak_mib, require_cuda
+from olmo_core.config import DType
 from olmo_core.nn.attention import AttentionBackendName, AttentionConfig
 from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
 from olmo_core.nn.rope import RoPEConfig
@@ -101,7 +103,7 @@ def documents() -> Tensor:
 
 def ours(backend: str, case: str) -> Callable[[Tensor], Tensor]:
     config = AttentionConfig(
-        n_heads=HEADS, n_kv_heads=KV_HEADS, bias=False, rope=RoPEConfig(), dtype="bfloat16",
+        n_heads=HEADS, n_kv_heads=KV_HEADS, bias=False, rope=RoPEConfig(), dtype=DType.bfloat16,
         qk_norm=LayerNormConfig(name=LayerNormType.rms, bias=False),
         backend=None if backend == "auto" else AttentionBackendName(backend),
     )  # fmt: skip
@@ -147,6 +149,14 @@ def floor_ms(case: str, tflops: float, tbs: float) -> float:
     return flops / tflops / 1e9 + qk_bytes / tbs / 1e9
 
 
+def _eager(attention: Callable[[str], Any], case: str) -> Any:
+    return step(EagerLayer(attention(case)))
+
+
+def _ours(backend: str, case: str) -> Any:
+    return step(ours(backend, case))
+
+
 def main() -> None:
     require_cuda()
     backends = sys.argv[1:] or ["auto", "torch", "flash_2", "flash_3", "flash_4", "te"]
@@ -155,13 +165,13 @@ def main() -> None:
     tbs = report.section("copy_tbs", lambda: round(copy_tbs(), 3))
     for case in CASES:
         floor = floor_ms(case, tflops, tbs)
-        report.section(f"{case} floor_ms", lambda floor=floor: round(floor, 3))
+        report.section(f"{case} floor_ms", partial(round, floor, 3))
         rivals: dict[str, Callable[[], Any]] = {
-            "eager + SDPA": lambda case=case: step(EagerLayer(sdpa(case))),
-            "eager + flash-attn 2": lambda case=case: step(EagerLayer(flash_2(case))),
+            "eager + SDPA": partial(_eager, sdpa, case),
+            "eager + flash-attn 2": partial(_eager, flash_2, case),
         }
         for name in backends:
-            rivals[name] = lambda name=name, case=case: step(ours(name, case))
+            rivals[name] = partial(_ours, name, case)
         for name, run in rivals.items():
             value = report.section(f"{case} {name}", run)
             if "fb_ms" in value:
