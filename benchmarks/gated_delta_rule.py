@@ -20,6 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def measure(tokens: int) -> dict[str, float]:
                 torch.autograd.grad(rule(*x), x, cotangent)
 
             with torch.no_grad():
-                forward = _seconds(lambda rule=rule: rule(*x))
+                forward = _seconds(partial(rule, *x))
             for what, seconds in (("forward", forward), ("both", _seconds(both))):
                 if run:  # the first warms up
                     times.setdefault((name, what), []).append(1e3 * seconds)
