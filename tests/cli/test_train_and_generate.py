@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from olmo_core.cli.main import COMMANDS, app
+from olmo_core.cli.train import _set_environment
 from olmo_core.train.metrics import read_metrics
 
 SMALL = [
@@ -99,7 +100,10 @@ def test_train_reports_within_a_hundred_columns(
 def test_generate_is_seeded_and_needs_no_cache(run: Path) -> None:
     args = ["generate", "--checkpoint", run, "--max-tokens", 40, "4 mice"]
     one = invoke(*args)
-    assert one.exit_code == 0 and one.output.startswith("4 mice")
+    assert one.exit_code == 0 and one.stdout.startswith("4 mice")
+    # Six bytes, their start, and the new ones: more than the rows of 32 it was trained on.
+    assert "at most 32 tokens, this text may reach 47" in one.stderr
+    assert not invoke("generate", "-c", run, "--max-tokens", 25, "4 mice").stderr
     assert invoke(*args).output == one.output != invoke(*args, "--seed", 1).output
     greedy = invoke(*args, "--temperature", 0)
     assert greedy.output == invoke(*args, "--temperature", 0, "--no-cache").output
@@ -108,8 +112,8 @@ def test_generate_is_seeded_and_needs_no_cache(run: Path) -> None:
 
 def test_generate_several_prompts_as_each_alone(run: Path) -> None:
     options = ["-c", run, "-n", 30, "-t", 0]
-    both = invoke("generate", *options, "4 mice and", "é").output
-    alone = [invoke("generate", *options, prompt).output for prompt in ("4 mice and", "é")]
+    both = invoke("generate", *options, "4 mice and", "é").stdout
+    alone = [invoke("generate", *options, prompt).stdout for prompt in ("4 mice and", "é")]
     assert both == f"--- 1 ---\n{alone[0]}--- 2 ---\n{alone[1]}"
 
 
@@ -330,3 +334,22 @@ def test_a_signal_saves_and_leaves(
     assert "Traceback" not in output
     last = losses(tmp_path / "r")[-1][0]
     assert (tmp_path / "r" / f"step-{last:08d}" / "state.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "bound"),
+    [({}, "true"), ({"OMP_NUM_THREADS": "1"}, None), ({"OMP_PROC_BIND": "false"}, "false")],
+)
+def test_threads_are_bound_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], bound: str | None
+) -> None:
+    environment = dict(given)
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    _set_environment()
+    assert environment.get("OMP_PROC_BIND") == bound
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    environment.clear()
+    _set_environment()
+    assert "OMP_PROC_BIND" not in environment and environment["CUBLAS_WORKSPACE_CONFIG"]

@@ -28,7 +28,7 @@ def command(
     ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", help="Most tokens (bytes) of each continuation.")
-    ] = 500,
+    ] = 250,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")
     ] = 0.8,
@@ -50,7 +50,14 @@ def command(
     from olmo_core.nn.transformer import generate
 
     texts = [sys.stdin.read() if text == "-" else text for text in prompts or [""]]
-    model = _load(checkpoint, device)
+    model, trained = _load(checkpoint, device)
+    longest = max(len(encode(text)) for text in texts) + max_tokens
+    if longest > trained:
+        print(
+            f"The model was trained on documents of at most {trained} tokens, this text may reach "
+            f"{longest}: expect it to get worse.",
+            file=sys.stderr,
+        )
     try:
         steps = generate(
             model,
@@ -83,9 +90,8 @@ def command(
         _print(f"--- {i + 1} ---\n{text}{decode(row)}\n")
 
 
-def _load(path: Path, device: str | None) -> Transformer:
-    import torch
-
+def _load(path: Path, device: str | None) -> tuple[Transformer, int]:
+    """The model, and the longest document that it has seen."""
     from olmo_core.train.checkpoint import find_checkpoint
     from olmo_core.train.config import TrainConfig
     from olmo_core.train.trainer import get_device
@@ -94,10 +100,10 @@ def _load(path: Path, device: str | None) -> Transformer:
     found, problems = find_checkpoint(path)
     for problem in problems:
         print(f"{problem}; using {found.folder.name}", file=sys.stderr)
-    with torch.device("meta"):
-        model = TrainConfig.from_dict(found.config).model.build(init_device="meta")
+    config = TrainConfig.from_dict(found.config)
+    model = config.model.build(init_device="meta")
     model.load_state_dict(found.model(), assign=True)
-    return model.to(where).eval()
+    return model.to(where).eval(), config.data.max_doc_len or config.data.sequence_length
 
 
 def _print(text: str) -> None:
