@@ -20,7 +20,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +98,22 @@ def _seconds(call: Callable[[], Any]) -> float:
 def measure(tokens: int) -> dict[str, float]:
     x = inputs(tokens)
     cotangent = torch.randn(1, tokens, HEADS, VALUE_DIM)
-    times: dict[tuple[str, str], list[float]] = {}
-    for run in range(RUNS + 1):
-        for name, rule in rivals().items():
+    medians: dict[tuple[str, str], float] = {}
+    for what in ("forward", "both"):
+        times: dict[str, list[float]] = {}
+        for run in range(RUNS + 1):
+            for name, rule in rivals().items():
 
-            def both(rule: Callable[..., Tensor] = rule) -> None:
-                torch.autograd.grad(rule(*x), x, cotangent)
+                def call(rule: Callable[..., Tensor] = rule, what: str = what) -> None:
+                    with torch.set_grad_enabled(what == "both"):
+                        out = rule(*x)
+                    if what == "both":
+                        torch.autograd.grad(out, x, cotangent)
 
-            with torch.no_grad():
-                forward = _seconds(partial(rule, *x))
-            for what, seconds in (("forward", forward), ("both", _seconds(both))):
+                seconds = _seconds(call)
                 if run:  # the first warms up
-                    times.setdefault((name, what), []).append(1e3 * seconds)
-    medians = {key: statistics.median(values) for key, values in times.items()}
+                    times.setdefault(name, []).append(1e3 * seconds)
+        medians |= {(name, what): statistics.median(values) for name, values in times.items()}
     row: dict[str, float] = {"T": tokens}
     for what, floor in zip(("forward", "both"), gemm_floor(tokens), strict=True):
         here, theirs = medians["here", what], medians["transformers", what]

@@ -34,7 +34,7 @@ QK_NORM_EPS = 1e-6
 _SUBSTITUTION_BLOCK = 32
 _SMALLEST_CHUNK = 16
 
-_CPU_BLOCK_BYTES = 10 << 20  # a block's scratch stays in the cache
+_CPU_BLOCK_BYTES = 6 << 20  # a block's scratch stays in the cache
 _CUDA_BLOCK_BYTES = 2 << 30  # a block is all there is, unless memory forbids
 
 
@@ -125,9 +125,9 @@ class ChunkGrid:
         return tokens.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
 
     def gates(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x (B, T, HV) as (N, R, C)."""
-        chunked = self.pad(x).to(dtype).unflatten(1, (-1, self.chunk))
-        return chunked.permute(1, 0, 3, 2).reshape(self.chunks, self.rows, self.chunk)
+        """x (B, T, HV) as a contiguous (N, R, C)."""
+        chunked = self.pad(x).to(dtype).unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2)
+        return chunked.reshape(self.chunks, self.rows, self.chunk).contiguous()
 
     def ungate(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`gates`: (N, R, C) as (B, T, HV)."""
@@ -157,7 +157,7 @@ class Decays:
     """(N, R, C): sum of g from the chunk's start. float64 where there is one: differences of long
     sums are exponentiated, and float32 would leave 1e-4 of them at g = -80."""
     mask: Tensor
-    """(C, C) or (N, 1, C, C): 0 where a position sees another, -inf where it does not."""
+    """(C, C) or (N, 1, C, C): 1 where a position sees another, 0 where it does not."""
     from_start: Tensor
     """(N, R, C): of the incoming state at each position."""
     to_end: Tensor
@@ -181,19 +181,19 @@ class Decays:
             to_end = to_end * (ids == ids[:, -1:]).unsqueeze(1)
             whole = whole * (ids[:, -1:] == before).unsqueeze(1)
             hidden = (hidden | (ids.unsqueeze(-1) != ids.unsqueeze(-2))).unsqueeze(1)
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=g.device)
-        mask.masked_fill_(hidden, -torch.inf)
+        mask = hidden.logical_not().to(dtype)
         return Decays(log, mask, from_start, to_end, whole.unsqueeze(-1))
 
     def pairwise(self, block: slice, out: Tensor) -> Tensor:
         """
         Gamma (n, R, C, C) of a block, written to ``out``: the decay from position j to position i
-        at [i, j]; exactly 0 above the diagonal. Masked before the exponential, which would
-        overflow there.
+        at [i, j]; exactly 0 above the diagonal.
         """
         log = self.log[block]
         torch.sub(log.unsqueeze(-1), log.unsqueeze(-2), out=out)
-        return out.add_(self.mask[block] if self.mask.dim() == 4 else self.mask).exp_()
+        # Above the diagonal the exponential would overflow. On a CPU exp(-inf) costs twice exp(0).
+        out.clamp_(max=0).exp_()
+        return out.mul_(self.mask[block] if self.mask.dim() == 4 else self.mask)
 
 
 class Workspace:

@@ -176,11 +176,15 @@ def _prepare_updates(
     """Writes ``T (beta V)`` to ``updates`` and ``W`` to the workspace."""
     n, R, C, K, V = qk.shape[0], grid.rows, grid.chunk, grid.key_dim, grid.value_dim
     beta = betas[block]
-    overwrite = scaled(grid, qk, 1, beta * decays.from_start[block], work("keys", n, R, C, K))
     values = work("values", n, grid.batch, grid.value_heads, C, V)
     torch.mul(grid.view(v, block), beta.view(*values.shape[:-1], 1), out=values)
-    torch.bmm(inverses, overwrite.flatten(0, 1), out=work("w", n, R, C, K).flatten(0, 1))
     torch.bmm(inverses, values.view(n * R, C, V), out=updates.flatten(0, 1))
+    # T (beta e^c K): its factors go to T's columns, which are fewer, and K serves a whole group.
+    columns = (beta * decays.from_start[block]).view(n * R, 1, C)
+    scaled_inverses = torch.mul(inverses, columns, out=work("inverses", n, R, C, C).flatten(0, 1))
+    keys = qk[:, :, :, 1].flatten(0, 2)
+    w = work("w", n, R, C, K).view(n * grid.key_rows, grid.group * C, K)
+    torch.bmm(scaled_inverses.view(n * grid.key_rows, grid.group * C, C), keys, out=w)
 
 
 def _scan(
