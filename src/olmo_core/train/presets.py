@@ -111,7 +111,7 @@ def _config(blocks: list[TransformerBlockConfig]) -> TrainConfig:
         ),
         data=DataConfig(sequence_length=1024, batch_size=1, max_doc_len=256),
         optimizer=OptimizerConfig(lr=2e-3, warmup_steps=40),
-        steps=1000,
+        steps=800,
         eval_every=100,
         save_every=100,
     )
