@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["compile_time_constant", "get_default_device", "seed_all"]
+__all__ = ["compile_time_constant", "get_default_device", "runs_eagerly", "seed_all"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,6 +39,16 @@ def compile_time_constant(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def runs_eagerly(device: torch.device) -> bool:
+    """Whether code runs now, step by step: neither compiled nor captured into a CUDA graph.
+
+    Only then may it read values on the host, count, or keep what it computes.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def get_default_device() -> torch.device:

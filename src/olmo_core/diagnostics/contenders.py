@@ -102,7 +102,6 @@ def _backend(name: str, p: Problem) -> Attend:
     cache.update_seqlen(p.n_tokens - 1)
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.reserve(1)
         out = backend((q, k[:, -1:], v[:, -1:]), kv_cache_manager=cache)
         cache.rollback(1)
         return out

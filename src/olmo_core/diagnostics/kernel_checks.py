@@ -293,7 +293,6 @@ def _decode(
     with torch.no_grad():
         for n in chunks:
             part = slice(at, at + n)
-            cache.reserve(n)
             outs.append(backend((q[:, part], k[:, part], v[:, part]), kv_cache_manager=cache))
             at += n
     got = torch.cat(outs, 1)

@@ -74,6 +74,7 @@ def attention_layer(
     clip: float | None = None,
     eps: float = 1e-5,
     normalized: bool = False,
+    pos: Tensor | None = None,
 ) -> Tensor:
     """A layer from its parameters ``p``, named as in its state dict. ``x`` is ``(B, T, d)``."""
     flat = x.flatten(0, 1)
@@ -104,7 +105,8 @@ def attention_layer(
         scale = head_dim**0.5
     if theta is not None:
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
-        q, k = (rotate(y, positions(cu), theta, rotary_dim, pairs) for y in (q, k))
+        pos = positions(cu) if pos is None else pos
+        q, k = (rotate(y, pos, theta, rotary_dim, pairs) for y in (q, k))
     att = softmax_attention(q, k, v, document_mask(cu, window), scale).flatten(1)
     if "w_g.weight" in p:
         gate = linear("w_g", flat).sigmoid()

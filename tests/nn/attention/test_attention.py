@@ -304,14 +304,17 @@ def test_documents_are_exact_at_long_offsets() -> None:
 
 
 def test_sharded_rope_buffers_are_applied_row_by_row() -> None:
-    """Page 2, failure 1: buffers of a shard restarted at the shard's document starts."""
+    """Page 2, failure 1: buffers of a shard restarted at the shard's document starts.
+
+    A zig-zag shard holds two pieces of a document. Restarted positions would close the gap between
+    them, which RoPE, being relative, would show.
+    """
     layer = Attention(d_model=16, n_heads=2, rope=RoPEConfig(theta=THETA), dtype=torch.float64)
+    params = dict(layer.named_parameters())
     x = torch.randn(1, 12, 16, dtype=torch.float64)
-    cu = torch.tensor([0, 5, 12], dtype=torch.int32)
-    buffers = layer.rope.get_buffers(100, torch.device("cpu"))
-    shard = {
-        "pos_sin": buffers.pos_sin[37:49].double(),
-        "pos_cos": buffers.pos_cos[37:49].double(),
-    }
-    # RoPE is relative: rows 37 to 49 of the table give what rows 0 to 12 give.
-    assert relative(layer(x, cu_doc_lens=cu, **shard), layer(x, cu_doc_lens=cu)) < 1e-6
+    cu, rows = [0, 8, 12], torch.tensor([0, 1, 2, 3, 40, 41, 42, 43, 7, 8, 30, 31])
+    buffers = layer.rope.get_buffers(64, "cpu", torch.float64)
+    got = run(layer, x, cu, pos_sin=buffers.pos_sin[rows], pos_cos=buffers.pos_cos[rows])
+    want = attention_layer(params, x, head_dim=8, cu=cu, theta=THETA, pos=rows)
+    assert relative(got, want) < 1e-12
+    assert relative(run(layer, x, cu), want) > 1e-3

@@ -51,6 +51,20 @@ def test_fullgraph(make: Any, window: int | None) -> None:
         compiled(x, cu_doc_lens=torch.tensor([0, 5, 30, 44, 47, 40], dtype=torch.int32))
 
 
+def test_global_lengths_are_checked_in_a_graph_too() -> None:
+    layer = LAYERS["attention"]()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, cu = torch.randn(1, 8, 16), torch.tensor([0, 3, 8], dtype=torch.int32)
+    torch.testing.assert_close(
+        compiled(x, cu_doc_lens=cu, global_cu_doc_lens=cu.clone()), layer(x, cu_doc_lens=cu)
+    )
+    other = torch.tensor([0, 4, 8], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="not sharded"):
+        compiled(x, cu_doc_lens=cu, global_cu_doc_lens=other)
+    with pytest.raises(ValueError, match="not sharded"):
+        layer(x, cu_doc_lens=cu, global_cu_doc_lens=other)
+
+
 @pytest.mark.slow
 @each_layer
 def test_inductor(make: Any) -> None:

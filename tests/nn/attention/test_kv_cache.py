@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nn.attention.reference import relative
 from nn.attention.test_attention import LAYERS, each_layer
+from olmo_core.nn.attention import TorchAttentionBackend
 from olmo_core.nn.attention.kv_cache import KVCacheManager
 
 
@@ -134,6 +135,51 @@ def test_a_cache_made_in_inference_mode_serves_outside_it() -> None:
         layer.kv_cache_manager = None
         torch.testing.assert_close(torch.cat([first, second], 1), layer(x))
     layer(x).sum().backward()  # and RoPE's tables still serve training
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_backend_alone_takes_room_itself(window: int | None) -> None:
+    sizes = (-1, -1) if window is None else (window - 1, 0)
+    backend = TorchAttentionBackend(head_dim=4, n_heads=2, window_size=sizes)
+    q, k, v = (torch.randn(1, 7, 2, 4, dtype=torch.float64) for _ in range(3))
+    cache = KVCacheManager(1, 7, 2, 4, dtype=torch.float64, window=window or -1)
+    steps = [slice(0, 4), *(slice(t, t + 1) for t in range(4, 7))]
+    out = [backend((q[:, at], k[:, at], v[:, at]), kv_cache_manager=cache) for at in steps]
+    assert relative(torch.cat(out, dim=1), backend((q, k, v))) < 1e-12
+    with pytest.raises(RuntimeError, match="7 of at most 7"):
+        backend((q[:, :1], k[:, :1], v[:, :1]), kv_cache_manager=cache)
+
+
+def test_a_refused_call_takes_no_room() -> None:
+    layer = LAYERS["attention"]().eval()
+    layer.init_kv_cache_manager(2, 8)
+    with pytest.raises(RuntimeError, match="for inference"):
+        layer(torch.randn(2, 5, 16))
+    assert layer.kv_cache_manager.host_seqlen == 0
+    with torch.no_grad():
+        assert layer(torch.randn(2, 8, 16)).shape == (2, 8, 16)
+
+
+def test_eager_steps_after_steps_that_did_not_count() -> None:
+    """A captured step that nobody reserved room for is missing on the host, not on the device."""
+    layer = LAYERS["attention"]().eval()
+    x = torch.randn(1, 6, 16)
+    with torch.no_grad():
+        want = layer(x)
+        layer.init_kv_cache_manager(1, 8)
+        out = [layer(x[:, :5])]
+        layer.kv_cache_manager.host_seqlen = 2
+        out.append(layer(x[:, 5:]))
+    torch.testing.assert_close(torch.cat(out, dim=1), want)
+
+
+def test_a_cache_moves_with_its_layer() -> None:
+    layer = LAYERS["attention"]().eval()
+    layer.init_kv_cache_manager(1, 8)
+    layer.to(torch.bfloat16)
+    assert layer.kv_cache_manager.dtype == torch.bfloat16
+    layer.to("meta")
+    assert layer.kv_cache_manager.device.type == "meta"
 
 
 def refused(layer: Any, error: type[Exception], match: str, *args: Any, **kwargs: Any) -> None:

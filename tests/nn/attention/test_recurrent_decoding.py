@@ -249,3 +249,12 @@ def test_refusals() -> None:
     with pytest.raises(RuntimeError, match="holds 7 of at most 8"):
         layer(x[:, :2])
     layer(x[:, 7:8])
+
+
+def test_gradients_are_refused_rather_than_cut() -> None:
+    """The cache stores no graph: a gradient through it would be wrong without a word."""
+    layer = GatedDeltaNet(d_model=16, n_heads=2)
+    layer.init_kv_cache_manager(1, 8)
+    with pytest.raises(RuntimeError, match="for inference"):
+        layer(torch.randn(1, 3, 16, requires_grad=True))
+    assert layer.kv_cache_manager is not None and layer.kv_cache_manager.host_seqlen == 0

@@ -31,6 +31,7 @@ from olmo_core.nn.attention.kv_cache import KVCacheManager
 from olmo_core.nn.attention.ops import attend
 from olmo_core.nn.attention.segments import Segments
 from olmo_core.nn.attention.selection import kernel_for, refusal
+from olmo_core.utils import runs_eagerly
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -298,11 +299,14 @@ class AttentionBackend(nn.Module, ABC):
             )
         n = q.shape[1]
         q = q.to(cache.dtype)
-        if n == 1 and cache.one_range:
+        one_query = n == 1 and cache.one_range
+        kernel = "" if one_query else self._kernel(q, Feature.documents, Feature.kv_cache)
+        if runs_eagerly(q.device):
+            cache.reserve(n)
+        if one_query:
             cache.append(k, v)
             cache.update_seqlen(1)
             return decode(q, cache, scale=self.scale)
-        kernel = self._kernel(q, Feature.documents, Feature.kv_cache)
         k, v, segments = cache.problem(k, v)
         with torch.autocast(q.device.type, enabled=False):
             out = attend(q.flatten(0, 1)[None], k, v, segments, scale=self.scale, kernel=kernel)

@@ -14,6 +14,7 @@ from olmo_core.nn.attention.lengths import (
     host_lengths,
     leftpad_to_cu_doc_lens,
 )
+from olmo_core.utils import runs_eagerly
 
 if TYPE_CHECKING:
     from olmo_core.nn.attention.softmax import SoftmaxAttention
@@ -70,7 +71,7 @@ def read_inputs(
     :param shard: The keywords that only a context-parallel shard has.
     :raises ValueError: If something is missing, contradictory or of the wrong shape.
     :raises TypeError: If something has the wrong type or dtype.
-    :raises RuntimeError: If the KV cache would overflow.
+    :raises RuntimeError: If the KV cache would overflow, or gradients are wanted with it.
     """
     check_hidden_states(x, layer.d_model, layer.w_out.weight)
     batch, seq_len, _ = x.shape
@@ -98,7 +99,7 @@ def read_inputs(
             )
         _check_device(cu_doc_lens, x, "cu_doc_lens")
         check_cu_doc_lens(cu_doc_lens, batch * seq_len, max_doc_len)
-    _check_global(global_cu_doc_lens, cu_doc_lens, batch * seq_len)
+    _check_global(global_cu_doc_lens, cu_doc_lens)
     rope_buffers = {name: b for name, b in rope_buffers.items() if b is not None}
     if rope_buffers and layer.rope is None:
         raise ValueError(f"{', '.join(rope_buffers)} given to a layer without RoPE.")
@@ -109,24 +110,11 @@ def read_inputs(
             raise ValueError(
                 f"{', '.join(rope_buffers)} given with a KV cache, which knows its positions."
             )
-        if batch != cache.batch_size:
-            raise ValueError(
-                f"The KV cache was built for a batch of {cache.batch_size}, got {batch} rows."
-            )
         if cache_leftpad is not None:
             _check_device(cache_leftpad, x, "cache_leftpad")
-            check_leftpad(cache_leftpad, batch, cache.max_seq_len)
-            if not torch.compiler.is_compiling() and cache.host_seqlen:
-                raise ValueError(
-                    "cache_leftpad belongs to the first tokens after a reset, and the KV cache "
-                    f"already holds {cache.host_seqlen} tokens a row."
-                )
-        if not torch.compiler.is_compiling() and not _capturing(x):
-            cache.reserve(seq_len)
-        if cache_leftpad is not None:
-            cache.record_leftpad(cache_leftpad)
+        needs_grad = x.requires_grad or layer.w_out.weight.requires_grad
+        padding = cache.admit(x, cache_leftpad, needs_grad=needs_grad)
         index = torch.arange(seq_len, device=x.device) + cache.current_position()
-        padding = index < cache.cache_leftpad[:, None] if cache.has_leftpad else None
         return Inputs({}, {"positions": index, "max_position": cache.max_seq_len}, padding)
 
     lengths: dict[str, Any] = {"cu_doc_lens": cu_doc_lens, "max_doc_len": max_doc_len}
@@ -145,24 +133,22 @@ def read_inputs(
     return Inputs(lengths, rope, padding)
 
 
-def _check_global(global_cu: Tensor | None, cu: Tensor | None, total: int) -> None:
+def _check_global(global_cu: Tensor | None, cu: Tensor | None) -> None:
     """Without context parallelism the whole sequence is the input: its documents are the same."""
     if global_cu is None:
         return
-    same = cu is not None and (
-        torch.compiler.is_compiling() or host_lengths(global_cu) == host_lengths(cu)
+    message = (
+        "global_cu_doc_lens describes the whole sequence of a context-parallel shard, and this "
+        "layer is not sharded: pass its documents as cu_doc_lens too."
     )
-    if not same:
-        raise ValueError(
-            "global_cu_doc_lens describes the whole sequence of a context-parallel shard, and this "
-            f"layer is not sharded: pass its documents ({total} tokens) as cu_doc_lens."
-        )
+    if cu is None or cu.shape != global_cu.shape:
+        raise ValueError(message)
+    if not runs_eagerly(cu.device):
+        torch._assert_async((cu == global_cu).all(), message)
+    elif host_lengths(global_cu) != host_lengths(cu):
+        raise ValueError(message)
 
 
 def _check_device(lengths: Tensor, x: Tensor, name: str) -> None:
     if isinstance(lengths, Tensor) and lengths.device != x.device:
         raise ValueError(f"{name} must be on the input's device, {x.device}, got {lengths.device}.")
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from olmo_core.nn.attention.base import DecodingCache
 from olmo_core.nn.attention.segments import Segments
+from olmo_core.utils import runs_eagerly
 
 __all__ = ["KVCacheManager"]
 
@@ -34,8 +35,6 @@ class KVCacheManager(DecodingCache):
 
     k_cache: Tensor
     v_cache: Tensor
-    cache_leftpad: Tensor
-    cache_seqlens: Tensor
 
     def __init__(
         self,
@@ -58,11 +57,12 @@ class KVCacheManager(DecodingCache):
                 f"num_kv_heads={num_kv_heads}, head_dim={head_dim}."
             )
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
-        self.device, self.dtype = torch.device(device), dtype
         self.window, self.max_rollback = window, max_rollback
-        self._allocate(batch_size, max_seq_len)
+        self._allocate(batch_size, max_seq_len, torch.device(device), dtype)
 
-    def _allocate(self, batch_size: int, max_seq_len: int) -> None:
+    def _allocate(
+        self, batch_size: int, max_seq_len: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         if batch_size < 1 or max_seq_len < 1:
             raise ValueError(
                 "A KV cache needs room for a row and a token at least, got "
@@ -75,13 +75,23 @@ class KVCacheManager(DecodingCache):
         # Buffers made in inference mode could not be written outside it.
         with torch.inference_mode(False):
             for name in ("k_cache", "v_cache"):
-                buffer = torch.zeros(shape, device=self.device, dtype=self.dtype)
+                buffer = torch.zeros(shape, device=device, dtype=dtype)
                 self.register_buffer(name, buffer, persistent=False)
             for name, size in (("cache_leftpad", (batch_size,)), ("cache_seqlens", ())):
-                counter = torch.zeros(size, device=self.device, dtype=torch.int32)
+                counter = torch.zeros(size, device=device, dtype=torch.int32)
                 self.register_buffer(name, counter, persistent=False)
         self.host_seqlen = 0
         self.has_leftpad = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lies; it moves with the layer."""
+        return self.k_cache.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.k_cache.dtype
 
     @property
     def is_ring(self) -> bool:
@@ -92,24 +102,6 @@ class KVCacheManager(DecodingCache):
     def one_range(self) -> bool:
         """Whether the slots that the next query sees are one range: not in a longer ring."""
         return not (self.is_ring and self.max_rollback)
-
-    def current_position(self) -> Tensor:
-        """The tokens stored so far in each row, left padding included: int32, no dimensions."""
-        return self.cache_seqlens
-
-    def record_leftpad(self, leftpad: Tensor) -> None:
-        """Set how many leading tokens of each row are padding: ``(batch,)``, int32."""
-        self.cache_leftpad.copy_(leftpad)
-        self.has_leftpad = True
-
-    def reserve(self, n_tokens: int) -> None:
-        """See :meth:`DecodingCache.reserve`."""
-        if self.host_seqlen + n_tokens > self.max_seq_len:
-            raise RuntimeError(
-                f"The KV cache holds {self.host_seqlen} of at most {self.max_seq_len} tokens a "
-                f"row, and {n_tokens} more came. Build it with a larger max_seq_len, or reset() it."
-            )
-        self.host_seqlen += n_tokens
 
     def update_seqlen(self, n_tokens: int) -> None:
         """Advance all rows by ``n_tokens`` on the device."""
@@ -139,7 +131,7 @@ class KVCacheManager(DecodingCache):
 
     def reallocate(self, batch_size: int, max_seq_len: int) -> None:
         """Start anew with memory for ``batch_size`` rows of ``max_seq_len`` tokens."""
-        self._allocate(batch_size, max_seq_len)
+        self._allocate(batch_size, max_seq_len, self.device, self.dtype)
 
     def reset(self, batch_size: int | None = None, max_seq_len: int | None = None) -> None:
         """Forget everything, and keep the memory if it is enough for the given sizes."""
@@ -176,20 +168,19 @@ class KVCacheManager(DecodingCache):
         """The slots that one query sees after :meth:`append` and :meth:`update_seqlen`.
 
         :returns: The first of each row and the one after the last, ``(batch,)`` int32; and an upper
-            bound of the latter, which a compiled or captured step can't lower to the tokens so far.
+            bound of the latter.
         """
         assert self.one_range
         first, stop = self.cache_leftpad, self.cache_seqlens.expand_as(self.cache_leftpad)
         if self.is_ring:
             first, stop = torch.zeros_like(first), (stop - first).clamp(0, self.slots)
-        return torch.minimum(first, stop), stop, min(self.slots, self._tokens_at_most())
+        return torch.minimum(first, stop), stop, self._slots_in_use()
 
-    def _tokens_at_most(self) -> int:
-        if torch.compiler.is_compiling() or (
-            self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        ):
-            return self.max_seq_len
-        return self.host_seqlen
+    def _slots_in_use(self) -> int:
+        """An upper bound. Reading the position costs nothing on a CPU, and a wait on a GPU."""
+        if self.device.type == "cpu" and runs_eagerly(self.device):
+            return min(self.slots, int(self.cache_seqlens))
+        return self.slots
 
     def problem(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Segments]:
         """Any number of new queries over past keys and their own, as a varlen problem.
@@ -210,8 +201,8 @@ class KVCacheManager(DecodingCache):
             stop = torch.full_like(first, m)
         else:
             self.append(k, v)
-            m = min(self.slots, self._tokens_at_most())
-            keys, values = self.k_cache[:, :m], self.v_cache[:, :m]
+            m = self.slots
+            keys, values = self.k_cache, self.v_cache
             stop = end.expand_as(self.cache_leftpad)
             first = torch.minimum(self.cache_leftpad, stop)
         self.update_seqlen(n)

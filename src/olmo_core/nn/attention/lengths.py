@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from olmo_core.utils import runs_eagerly
+
 __all__ = [
     "check_cu_doc_lens",
     "check_leftpad",
@@ -34,7 +36,7 @@ def _remember(lengths: Tensor, key: tuple[str, int], compute: Callable[[], T]) -
     The memory is weak in the tensor and checked by its version counter, which inference tensors do
     not have. What a graph computes belongs to the graph.
     """
-    if torch.compiler.is_compiling() or lengths.is_inference() or _is_capturing(lengths):
+    if not runs_eagerly(lengths.device) or lengths.is_inference():
         return compute()
     known = _DERIVED.get(lengths)
     if known is None or known[0] != lengths._version:
@@ -80,7 +82,7 @@ def check_cu_doc_lens(
             f"The longest document must be an int, got {type(max_doc_len).__name__}. "
             "A tensor here would make every step wait for the device: use int(...)."
         )
-    if torch.compiler.is_compiling() or _is_capturing(cu):
+    if not runs_eagerly(cu.device):
         lengths = cu[1:] - cu[:-1]
         good = (cu[0] == 0) & (cu[-1] == total) & (lengths >= 0).all()
         if max_doc_len is not None:
@@ -122,7 +124,7 @@ def check_leftpad(leftpad: Tensor, batch: int, longest: int) -> None:
         raise TypeError(f"cache_leftpad must be a torch.int32 tensor, got {got}.")
     if leftpad.shape != (batch,):
         raise ValueError(f"cache_leftpad must have shape ({batch},), got {tuple(leftpad.shape)}.")
-    if torch.compiler.is_compiling() or _is_capturing(leftpad):
+    if not runs_eagerly(leftpad.device):
         good = ((leftpad >= 0) & (leftpad <= longest)).all()
         torch._assert_async(good, "cache_leftpad is negative or longer than the row")
         return
@@ -159,10 +161,6 @@ def leftpad_to_cu_doc_lens(leftpad: Tensor, seq_len: int) -> Tensor:
         return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
 
     return _remember(leftpad, ("documents", seq_len), compute)
-
-
-def _is_capturing(t: Tensor) -> bool:
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _short(values: list[int]) -> str:

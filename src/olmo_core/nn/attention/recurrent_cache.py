@@ -19,6 +19,7 @@ from olmo_core.nn.attention.kernels.gated_delta_rule import (
     gated_delta_rule_step_,
     normalize,
 )
+from olmo_core.utils import runs_eagerly
 
 __all__ = ["RecurrentCache", "replay"]
 
@@ -47,8 +48,6 @@ class RecurrentCache(DecodingCache):
     recent_keys: Tensor
     recent_updates: Tensor
     recent_log_decays: Tensor
-    cache_leftpad: Tensor
-    cache_seqlens: Tensor
 
     def __init__(
         self,
@@ -102,13 +101,7 @@ class RecurrentCache(DecodingCache):
 
     def reserve(self, n_tokens: int) -> None:
         """See :meth:`DecodingCache.reserve`."""
-        if self.host_seqlen + n_tokens > self.max_seq_len:
-            raise RuntimeError(
-                f"The decoding cache holds {self.host_seqlen} of at most {self.max_seq_len} tokens "
-                f"a row, and {n_tokens} more came. Build it with a larger max_seq_len, or reset() "
-                "it."
-            )
-        self.host_seqlen += n_tokens
+        super().reserve(n_tokens)
         self.restorable = min(self.max_rollback, self.restorable + n_tokens)
 
     def reset(self) -> None:
@@ -117,22 +110,6 @@ class RecurrentCache(DecodingCache):
             buffer.zero_()
         self.host_seqlen = self.restorable = 0
         self.has_leftpad = False
-
-    def current_position(self) -> Tensor:
-        """The tokens stored so far in each row, left padding included: int32, no dimensions."""
-        return self.cache_seqlens
-
-    def record_leftpad(self, leftpad: Tensor) -> None:
-        """Set how many leading tokens of each row are padding: ``(batch,)``, int32."""
-        self.cache_leftpad.copy_(leftpad)
-        self.has_leftpad = True
-
-    def padding(self, n_tokens: int) -> Tensor | None:
-        """Which of the next ``n_tokens`` tokens are left padding: (B, n_tokens), or None."""
-        if not self.has_leftpad:
-            return None
-        index = torch.arange(n_tokens, device=self.cache_seqlens.device) + self.cache_seqlens
-        return index < self.cache_leftpad.unsqueeze(-1)
 
     def past_conv_inputs(self) -> Tensor:
         """The convolutions' last inputs (B, k - 1, channels)."""
@@ -152,6 +129,8 @@ class RecurrentCache(DecodingCache):
             normalises q and k.
         """
         tokens = q.shape[1]
+        if runs_eagerly(q.device):
+            self.reserve(tokens)
         stepped = 1 if tokens == 1 else min(tokens, self.max_rollback)
         head = tokens - stepped
         outs, updates = [], []

@@ -31,12 +31,12 @@ _KNOWN = ("x", "cu_doc_lens", "cache_leftpad", *_NO_EFFECT, *_SHARD)
 def read_inputs(
     layer: GatedDeltaNet, x: Tensor, cu_doc_lens: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """Check a call and take room for it in the layer's cache, if it has one.
+    """Check a call, and that the layer's cache, if it has one, has room for it.
 
     :returns: Which tokens are left padding (B, T), or None if there is none.
     :raises TypeError: For an unknown keyword, or an argument of the wrong type or dtype.
     :raises ValueError: If something is contradictory or of the wrong shape.
-    :raises RuntimeError: If the cache would overflow.
+    :raises RuntimeError: If the cache would overflow, or gradients are wanted with it.
     """
     _check_names(kwargs)
     check_hidden_states(x, layer.d_model, layer.w_out.weight)
@@ -66,23 +66,8 @@ def read_inputs(
         check_leftpad(leftpad, batch, tokens)
         return torch.arange(tokens, device=x.device) < leftpad.unsqueeze(-1)
 
-    if batch != cache.batch_size:
-        raise ValueError(
-            f"The decoding cache was built for a batch of {cache.batch_size}, got {batch} rows."
-        )
-    eager = not torch.compiler.is_compiling() and not _capturing(x)
-    if leftpad is not None:
-        check_leftpad(leftpad, batch, cache.max_seq_len)
-        if eager and cache.host_seqlen:
-            raise ValueError(
-                "cache_leftpad belongs to the first tokens after a reset, and the decoding cache "
-                f"already holds {cache.host_seqlen} tokens a row."
-            )
-    if eager:
-        cache.reserve(tokens)
-    if leftpad is not None:
-        cache.record_leftpad(leftpad)
-    return cache.padding(tokens)
+    needs_grad = x.requires_grad or layer.w_out.weight.requires_grad
+    return cache.admit(x, leftpad, needs_grad=needs_grad)
 
 
 def _check_names(kwargs: dict[str, Any]) -> None:
@@ -100,7 +85,3 @@ def _check_names(kwargs: dict[str, Any]) -> None:
             f"{', '.join(given)} describe a context-parallel shard, and this layer is not sharded. "
             "Pass the documents as cu_doc_lens."
         )
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()

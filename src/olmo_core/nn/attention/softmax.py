@@ -177,7 +177,9 @@ class SoftmaxAttention(SequenceMixer):
         return out if inputs.padding is None else out.masked_fill(inputs.padding[..., None], 0.0)
 
     def _linears(self) -> list[nn.Linear]:
-        return [m for m in self.children() if isinstance(m, nn.Linear)]
+        """The projections, ``w_out`` last."""
+        linears = [m for m in self.children() if isinstance(m, nn.Linear)]
+        return sorted(linears, key=lambda linear: linear is self.w_out)
 
     @torch.no_grad()
     def init_weights(
@@ -192,7 +194,7 @@ class SoftmaxAttention(SequenceMixer):
     ) -> None:
         """Draw the weights anew: see :class:`InitMethod`. Norms start as the identity."""
         init_method = InitMethod(init_method)
-        for linear in self._linears_in_order():
+        for linear in self._linears():
             init_method.init_linear_(
                 linear.weight,
                 linear.bias,
@@ -210,10 +212,6 @@ class SoftmaxAttention(SequenceMixer):
         for module in self.modules():
             if isinstance(module, LayerNorm):
                 module.reset_parameters()
-
-    def _linears_in_order(self) -> list[nn.Linear]:
-        """The projections, ``w_out`` last."""
-        return sorted(self._linears(), key=lambda linear: linear is self.w_out)
 
     def num_flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations per token of forward and backward at length ``seq_len``.
