@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.kernels import get_kernel
-from olmo_core.nn.attention.kernels.registration import register_differentiable
+from olmo_core.nn.attention.kernels.registration import (
+    cast_for_autocast,
+    refuse_second_derivative,
+    register_differentiable,
+)
 from olmo_core.nn.attention.segments import Segments
 
 __all__ = ["attend"]
@@ -49,21 +53,13 @@ def attend(
     :returns: Like ``q``, contiguous.
     :raises ValueError: If shapes, dtypes or devices do not fit together.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     _check(q, k, v)
     s = segments
     out, _, _ = _CALL["attend_dropout" if dropout_p else "attend"](
         q, k, v, s.cu_q, s.cu_k, s.max_q, s.max_k, s.causal, s.window, scale, dropout_p, kernel
     )
     return out
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -153,13 +149,6 @@ def _differentiate(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | No
     return *grads, *nothing
 
 
-def _refuse(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "attend is differentiable once, and a second derivative was asked for. For double backward "
-        "write the attention with torch's matmul and softmax."
-    )
-
-
 def _register() -> None:
     outputs = "(Tensor, Tensor, Tensor)"
     seeded = (torch.Tag.nondeterministic_seeded,)
@@ -174,7 +163,8 @@ def _register() -> None:
     )
     _LIB.impl("attend_backward", _backward, "CompositeExplicitAutograd")
     torch.library.register_fake("olmo_core::attend_backward", _backward_fake, lib=_LIB)
-    _CALL["attend_backward"] = register_differentiable(_LIB, "attend_backward", _backward, _refuse)
+    refuse = refuse_second_derivative("attend", "torch's matmul and softmax")
+    _CALL["attend_backward"] = register_differentiable(_LIB, "attend_backward", _backward, refuse)
 
 
 _register()

@@ -9,6 +9,7 @@ in ``gated_delta_rule_chunks``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from olmo_core.nn.attention.lengths import check_cu_doc_lens
 from .gated_delta_rule_backward import chunked_backward
 from .gated_delta_rule_chunks import QK_NORM_EPS, ChunkGrid, accumulation_dtype
 from .gated_delta_rule_forward import Saved, chunked_forward
+from .registration import cast_for_autocast, refuse_second_derivative, register_differentiable
 
 __all__ = ["gated_delta_rule", "gated_delta_rule_step_", "normalize"]
 
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
+_CALL: dict[str, Callable[..., Any]] = {}
 
 
 def gated_delta_rule(
@@ -67,7 +70,7 @@ def gated_delta_rule(
     :raises TypeError: If ``cu_doc_lens`` is not int32.
     """
     _check_inputs(q, k, v, g, beta, initial_state, cu_doc_lens, scale)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     inputs = (q, k, v, g, beta, initial_state)
     batch, tokens = q.shape[:2]
     if cu_doc_lens is not None:
@@ -75,7 +78,7 @@ def gated_delta_rule(
         q, k, v, g, beta = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta))
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, state, *_ = torch.ops.olmo_core.gated_delta_rule(
+    out, state, *_ = _CALL["gated_delta_rule"](
         q, k, v, g, beta, initial_state, cu_doc_lens, scale, normalize_qk, save
     )
     return (out if cu_doc_lens is None else out.view(batch, tokens, *out.shape[2:])), state
@@ -185,14 +188,6 @@ def _check_inputs(
             )
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -293,18 +288,11 @@ def _differentiate(
     q, k, v, *rest = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(v)
-    *grads, dinitial = torch.ops.olmo_core.gated_delta_rule_backward(
+    *grads, dinitial = _CALL["gated_delta_rule_backward"](
         dout, dfinal, q, k, v, *rest, ctx.scale, ctx.normalize_qk
     )
     dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
     return *grads, dinitial, None, None, None, None
-
-
-def _refuse(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "gated_delta_rule is differentiable once, and a second derivative was asked for. For "
-        "double backward use gated_delta_rule_reference, which autograd differentiates."
-    )
 
 
 def _register() -> None:
@@ -319,16 +307,16 @@ def _register() -> None:
         f"gated_delta_rule_backward(Tensor dout, Tensor? dfinal, {inputs}, {saved}, "
         f"Tensor? cu_doc_lens, {options}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
-    for name, kernel, fake in (
-        ("gated_delta_rule", _forward, _forward_fake),
-        ("gated_delta_rule_backward", _backward, _backward_fake),
-    ):
-        _LIB.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"olmo_core::{name}", fake, lib=_LIB)
-    torch.library.register_autograd(
-        "olmo_core::gated_delta_rule", _differentiate, setup_context=_save, lib=_LIB
+    refuse = refuse_second_derivative(
+        "gated_delta_rule", "gated_delta_rule_reference, which autograd differentiates"
     )
-    torch.library.register_autograd("olmo_core::gated_delta_rule_backward", _refuse, lib=_LIB)
+    for name, run, fake, differentiate, save in (
+        ("gated_delta_rule", _forward, _forward_fake, _differentiate, _save),
+        ("gated_delta_rule_backward", _backward, _backward_fake, refuse, None),
+    ):
+        _LIB.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"olmo_core::{name}", fake, lib=_LIB)
+        _CALL[name] = register_differentiable(_LIB, name, run, differentiate, save)
 
 
 _register()

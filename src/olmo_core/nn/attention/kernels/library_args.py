@@ -1,4 +1,4 @@
-"""What the flash-attention libraries have in common: shapes, windows, empty problems."""
+"""What kernels have in common: flattened shapes, windows, empty problems and rows."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def without_queries(s: Segments, n_k: int) -> Tensor:
 def empty_forward(q: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of queries that see no key."""
     b, t, h, _ = q.shape
-    lse = torch.full((b, h, t), -math.inf, dtype=torch.float32, device=q.device)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = torch.full((b, h, t), -math.inf, dtype=dtype, device=q.device)
     return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
 
 

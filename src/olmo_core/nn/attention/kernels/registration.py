@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["register_differentiable"]
+__all__ = ["cast_for_autocast", "refuse_second_derivative", "register_differentiable"]
 
 
 def register_differentiable(
@@ -69,6 +69,31 @@ def register_differentiable(
 
     lib.impl(name, with_autograd, "Autograd")
     return call
+
+
+def refuse_second_derivative(name: str, instead: str) -> Callable[..., Any]:
+    """The gradient of a backward op: an error, where autograd's default is a wrong zero.
+
+    :param name: Of the differentiable op.
+    :param instead: What to use for double backward.
+    """
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            f"{name} is differentiable once, and a second derivative was asked for. For double "
+            f"backward use {instead}."
+        )
+
+    return refuse
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in autocast's dtype where it is on, as torch casts for its own ops: never float64."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _nobody_listens(inputs: tuple[Any, ...]) -> bool:

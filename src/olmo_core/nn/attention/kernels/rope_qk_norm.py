@@ -24,7 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.registration import register_differentiable
+from olmo_core.nn.attention.kernels.registration import (
+    refuse_second_derivative,
+    register_differentiable,
+)
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_reference", "rope_only", "row_stat", "supported"]
 
@@ -344,13 +347,6 @@ def _differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor, _: Any) -> tuple[Te
     )
 
 
-def _refuse(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "qk_norm_rope is differentiable once, and a second derivative was asked for. For double "
-        "backward use qk_norm_rope_reference."
-    )
-
-
 def _rope(
     q: Tensor, k: Tensor, sin: Tensor, cos: Tensor, positions: Tensor | None, rotary_dim: int,
     inverse: bool,
@@ -379,6 +375,7 @@ def _rope_differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tenso
 
 
 def _register() -> None:
+    refuse = refuse_second_derivative("qk_norm_rope", "qk_norm_rope_reference")
     inputs = "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? sin, Tensor? cos"
     both = ("CPU", "CUDA")  # on the CPU only under Triton's interpreter: see `supported`
     _LIB.define(
@@ -397,7 +394,7 @@ def _register() -> None:
     )
     ops = (
         ("qk_norm_rope", _forward, _forward_fake, _differentiate, _save),
-        ("qk_norm_rope_backward", _backward, _backward_fake, _refuse, None),
+        ("qk_norm_rope_backward", _backward, _backward_fake, refuse, None),
         ("rope", _rope, _rope_fake, _rope_differentiate, _rope_save),
     )
     for name, run, fake, differentiate, save in ops:

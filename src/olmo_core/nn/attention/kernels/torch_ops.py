@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.library_args import may_have_empty_rows
 from olmo_core.nn.attention.segments import Segments
 
 __all__ = [
@@ -140,10 +141,8 @@ def cuda_flash_backward(
 
 
 def _empty_rows(lse: Tensor, s: Segments, was: float, becomes: float) -> Tensor:
-    """FlashAttention-2 marks a query without keys by +inf. Self-attention has none of those."""
-    if s.cu_q is s.cu_k and s.max_q == s.max_k:
-        return lse
-    return torch.where(lse == was, becomes, lse)
+    """FlashAttention-2 marks a query without keys by +inf."""
+    return torch.where(lse == was, becomes, lse) if may_have_empty_rows(s) else lse
 
 
 def cudnn_forward(
@@ -153,7 +152,7 @@ def cudnn_forward(
     out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
         *map(_heads_first, (q, k, v)), None, True, 0.0, is_causal, False, scale=scale
     )
-    return _heads_first(out), lse.squeeze(-1)
+    return _heads_first(out).contiguous(), lse.squeeze(-1).contiguous()
 
 
 def cudnn_backward(

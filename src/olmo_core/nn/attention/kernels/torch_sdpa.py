@@ -15,6 +15,7 @@ from torch import Tensor
 
 from olmo_core.nn.attention.kernels import blockwise, short_documents, torch_ops
 from olmo_core.nn.attention.kernels.blocks import Block, blocks
+from olmo_core.nn.attention.kernels.library_args import empty_backward, empty_forward, is_empty
 from olmo_core.nn.attention.segments import Segments
 
 __all__ = ["KERNEL", "TorchKernel"]
@@ -34,13 +35,8 @@ class TorchKernel:
         self, q: Tensor, k: Tensor, v: Tensor, s: Segments, *, scale: float, dropout_p: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Kernel.forward`."""
-        if not q.numel() or not k.numel():
-            lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=_lse_dtype(q))
-            return (
-                torch.zeros_like(q, memory_format=torch.contiguous_format),
-                lse,
-                torch_ops.no_rng(q),
-            )
+        if is_empty(q, k):
+            return *empty_forward(q), torch_ops.no_rng(q)
         match choose(q, k, s, dropout_p):
             case "cudnn":
                 out, lse = torch_ops.cudnn_forward(q, k, v, is_causal=s.causal, scale=scale)
@@ -68,8 +64,8 @@ class TorchKernel:
         dropout_p: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Kernel.backward`."""
-        if not q.numel() or not k.numel():
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        if is_empty(q, k):
+            return empty_backward(q, k, v)
         saved = (dout, q, k, v, out, lse)
         match choose(q, k, s, dropout_p):
             case "cudnn":
