@@ -44,7 +44,7 @@ def command(
         Path | None, typer.Option("--json", metavar="FILE", help="Write every cell to a file.")
     ] = None,
 ) -> None:
-    """Check the promise on this machine: packed = separate = sharded = cached = the reference.
+    """Check the promise on this machine: packed = separate = cached = the float64 reference.
 
     Every row is a layer and a property, every column a dtype. A cell is an error and the bound that
     it must keep: a few times the error that a plain implementation has in the same precision

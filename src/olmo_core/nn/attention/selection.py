@@ -35,7 +35,7 @@ MEASURED: Mapping[tuple[int, int], Mapping[str, Mapping[str, float]]] = MappingP
     }
 )
 """Forward + backward in ms per compute capability, case and backend: batch 2, 8192 tokens, 16 query
-heads and 4 kv heads of 128, bf16, an H100. Documents are bound by launches from eager Python."""
+heads and 4 kv heads of 128, bf16, an H100. Documents were bound by launches."""
 
 _UNMEASURED = ("flash_4", "te", "flash_2", "torch")
 
