@@ -15,7 +15,6 @@ from olmo_core.config import DType
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention import recurrent
 from olmo_core.nn.attention.base import SequenceMixerConfig
-from olmo_core.nn.attention.kernels import fla
 from olmo_core.nn.attention.kernels.gated_delta_rule_reference import gated_delta_rule_reference
 from olmo_core.nn.attention.recurrent import GatedDeltaNet, GatedDeltaNetConfig
 from olmo_core.nn.init import InitMethod
@@ -327,26 +326,6 @@ def test_the_choice_of_the_rule_has_a_reason(monkeypatch: pytest.MonkeyPatch) ->
     assert str(layer.choose_rule(q)) == "fla: works for 2"
     monkeypatch.setattr(recurrent, "fla_gated_delta_rule", lambda *_, **__: (_[2] * 0, None))
     assert not layer(torch.randn(1, 5, D_MODEL).bfloat16()).any()
-
-
-def test_a_failing_probe_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    fla._probe.cache_clear()
-
-    def broken(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("refuses to run on this GPU\nand more")
-
-    monkeypatch.setattr(fla, "fla_gated_delta_rule", broken)
-    usable, reason = fla._probe("cpu", 1)
-    assert not usable and reason == "fla's probe failed: RuntimeError: refuses to run on this GPU"
-    fla._probe.cache_clear()
-    monkeypatch.setattr(fla, "fla_gated_delta_rule", fla.gated_delta_rule)
-    assert fla._probe("cpu", 2)[0]
-    fla._probe.cache_clear()
-    wrong = lambda *x, **o: fla.gated_delta_rule(*x, **{**o, "scale": 1.0})  # noqa: E731
-    monkeypatch.setattr(fla, "fla_gated_delta_rule", wrong)
-    usable, reason = fla._probe("cpu", 1)
-    assert not usable and "is off by" in reason
-    fla._probe.cache_clear()
 
 
 BAD_OPTIONS: dict[str, tuple[dict[str, object], str]] = {

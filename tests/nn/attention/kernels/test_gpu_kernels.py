@@ -137,6 +137,8 @@ PROBLEMS: dict[str, Callable[[], Segments]] = {
     "fewer queries": lambda: Segments.dense(70, 200),
     "fewer queries, window": lambda: Segments.dense(70, 200, window=50),
     "one query": lambda: Segments.dense(1, 200),
+    "one token": lambda: Segments.dense(1, 1),
+    "one key": lambda: Segments.dense(200, 1, causal=False),
     "more queries": lambda: Segments.dense(200, 70),
 }
 DOCUMENTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool, int]] = {
@@ -145,6 +147,7 @@ DOCUMENTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool, int]] = {
     "empty in the middle": ((40, 40, 257), (40, 40, 257), True, -1),
     "documents, window": ((7, 8, 130, 257), (7, 8, 130, 257), True, 25),
     "tiny": (tuple(range(1, 258)), tuple(range(1, 258)), True, -1),
+    "one token": (tuple(range(1, 258)), tuple(range(1, 258)), True, -1),
     "gathered keys": ((30, 31, 100), (60, 131, 231), True, -1),
     "gathered keys, window": ((30, 31, 100), (60, 131, 231), True, 40),
     "not causal": ((30, 100), (60, 131), False, -1),
@@ -169,8 +172,8 @@ def test_documents(name: str, problem: str) -> None:
     longest = [max(b - a for a, b in zip((0, *e), e)) for e in (ends_q, ends_k)]
     cu_q = cu(*ends_q)
     cu_k = cu_q if ends_k == ends_q else cu(*ends_k)
-    # Upper bounds need not be tight.
-    s = Segments(cu_q, cu_k, longest[0] + 3, longest[1] + 3, causal, window)
+    loose = 0 if problem == "one token" else 3  # upper bounds need not be tight
+    s = Segments(cu_q, cu_k, longest[0] + loose, longest[1] + loose, causal, window)
     kernel = kernel_or_skip(name, 128, torch.bfloat16, Feature.documents, Feature.lse)
     check(kernel, s, *tensors(1, ends_q[-1], ends_k[-1], 8, 2, 128, torch.bfloat16))
 

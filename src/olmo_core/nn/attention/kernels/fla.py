@@ -8,6 +8,8 @@ backward and compared with the plain torch form, never an import.
 from __future__ import annotations
 
 from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -73,7 +75,24 @@ def fla_usable(device: torch.device | str, *, group: int = 1) -> tuple[bool, str
     device = torch.device(device)
     if device.type != "cuda":
         return False, f"fla runs on CUDA devices, not on {device.type}"
-    return _probe(str(device), group)
+    return _refusal(device) or _probe(str(device), group)
+
+
+def _refusal(device: torch.device) -> tuple[bool, str] | None:
+    """What fla's backward refuses. Its probe would find that too, after a minute of tuning."""
+    if torch.cuda.get_device_capability(device)[0] != 9 or find_spec("tilelang") is not None:
+        return None
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return False, "fla needs Triton, which is not installed"
+    release = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    if not (3, 4) <= release < (3, 7, 1):
+        return None
+    return False, (
+        f"fla's backward refuses Triton {version} on Hopper, which compiles it wrongly: install "
+        "Triton 3.7.1 or newer, or tilelang"
+    )
 
 
 @cache

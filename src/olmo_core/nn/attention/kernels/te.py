@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels import blockwise
 from olmo_core.nn.attention.kernels.library_args import (
     batched,
     empty_backward,
@@ -55,6 +56,8 @@ class TEKernel:
         assert not dropout_p
         if is_empty(q, k):
             return *empty_forward(q), no_rng(q)
+        if _is_one_pair(s):
+            return blockwise.forward(q, k, v, s, scale=scale)
         hidden = _hidden_queries(s, q, k)
         if hidden:
             out, lse = empty_forward(q)
@@ -65,7 +68,7 @@ class TEKernel:
         q, k, v = (x.contiguous() for x in flat(s, q, k, v))  # its layouts imply the strides
         options, lengths = _options(s, q, k, scale)
         out, aux, *_ = library().fused_attn_fwd(
-            True, s.max_q, s.max_k, *lengths, q, k, v, q.dtype, _backend(), **options
+            True, *_longest(s), *lengths, q, k, v, q.dtype, _backend(), **options
         )
         lse = aux[0].squeeze(-1)
         if s.cu_q is not None:
@@ -84,6 +87,8 @@ class TEKernel:
         """See :meth:`Kernel.backward`."""
         if is_empty(q, k):
             return empty_backward(q, k, v)
+        if _is_one_pair(s):
+            return blockwise.backward(dout, q, k, v, out, lse, rng, s, scale=scale)
         hidden = _hidden_queries(s, q, k)
         if hidden:
             dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -102,7 +107,7 @@ class TEKernel:
         no_dropout = torch.zeros(2, dtype=torch.int64, device=q.device)
         options, lengths = _options(s, q, k, scale)
         dq, dk, dv, *_ = library().fused_attn_bwd(
-            s.max_q, s.max_k, *lengths, q, k, v, out, dout, q.dtype,
+            *_longest(s), *lengths, q, k, v, out, dout, q.dtype,
             [lse.contiguous()[..., None], no_dropout], _backend(), do_format=options["o_format"],
             dqkv_layout=options["qkv_layout"],
             deterministic=torch.are_deterministic_algorithms_enabled(), **options,
@@ -119,6 +124,16 @@ class TEKernel:
 def _hidden_queries(s: Segments, q: Tensor, k: Tensor) -> int:
     """Leading queries of a dense problem that see no key: cuDNN refuses more queries than keys."""
     return max(0, q.shape[1] - k.shape[1]) if s.cu_q is None and s.causal else 0
+
+
+def _is_one_pair(s: Segments) -> bool:
+    """Dense problems of one query and one key, which cuDNN refuses."""
+    return s.cu_q is None and s.max_q == s.max_k == 1
+
+
+def _longest(s: Segments) -> tuple[int, int]:
+    """Bounds of the lengths. Above 1, since one-token documents are more than one pair."""
+    return (s.max_q, s.max_k) if s.cu_q is None else (max(s.max_q, 2), max(s.max_k, 2))
 
 
 def _backend() -> Any:

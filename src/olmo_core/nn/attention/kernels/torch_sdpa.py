@@ -88,13 +88,15 @@ def choose(q: Tensor, k: Tensor, s: Segments, dropout_p: float) -> str:
         return "blockwise"
     square = q.shape[1] == k.shape[1] or not s.causal
     dense = s.cu_q is None and s.effective_window < 0 and square and not dropout_p
-    return "cudnn" if dense and _cudnn_fits(q) else "cuda_flash"
+    return "cudnn" if dense and _cudnn_fits(q, k) else "cuda_flash"
 
 
-def _cudnn_fits(q: Tensor) -> bool:
-    """Whether cuDNN is the faster dense kernel here. Its backward is not deterministic."""
+def _cudnn_fits(q: Tensor, k: Tensor) -> bool:
+    """Whether cuDNN is the faster dense kernel here. Its backward is not deterministic, and crashes
+    on a single query or key."""
     return (
-        q.shape[-1] <= _MAX_CUDNN_HEAD_DIM
+        min(q.shape[1], k.shape[1]) > 1
+        and q.shape[-1] <= _MAX_CUDNN_HEAD_DIM
         and q.shape[-1] % 8 == 0
         and not torch.are_deterministic_algorithms_enabled()
         and torch.backends.cuda.cudnn_sdp_enabled()
