@@ -240,9 +240,7 @@ class AttentionBackend(nn.Module, ABC):
             max_doc_len=max_doc_len, max_doc_len_q=max_doc_len_q, max_doc_len_k=max_doc_len_k,
             local_k_slice=local_k_slice,
         )  # fmt: skip
-        if segments.cu_q is None:
-            return self._attend(q, k, v, segments)
-        return self._attend(q.flatten(0, 1)[None], k, v, segments).view(q.shape)
+        return self._attend(q, k, v, segments)
 
     def _unpack(self, qkv: Tensor | tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(qkv, Tensor):
@@ -309,8 +307,7 @@ class AttentionBackend(nn.Module, ABC):
             return decode(q, cache, scale=self.scale)
         k, v, segments = cache.problem(k, v)
         with torch.autocast(q.device.type, enabled=False):
-            out = attend(q.flatten(0, 1)[None], k, v, segments, scale=self.scale, kernel=kernel)
-        return out.view(q.shape)
+            return attend(q, k, v, segments, scale=self.scale, kernel=kernel)
 
 
 class TorchAttentionBackend(AttentionBackend):

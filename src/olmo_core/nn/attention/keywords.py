@@ -30,7 +30,7 @@ def fold(
     :param k: ``(batch, t_k, ...)``.
     :param v: Like ``k``.
     :param window: In keys, or -1.
-    :returns: The segments; keys and values, flattened to a batch of 1 where there are lengths.
+    :returns: The segments; keys and values, where ``local_k_slice`` cuts them flattened.
     :raises ValueError: If keywords are missing, contradict each other or do not fit the tensors.
     :raises TypeError: If one is of the wrong type.
     """
@@ -57,14 +57,13 @@ def fold(
     if cu_doc_lens is None and cu_doc_lens_q is None:
         return Segments.dense(q.shape[1], k.shape[1], window=window), k, v
 
-    k, v = k.flatten(0, 1)[None], v.flatten(0, 1)[None]
-    total_q = q.shape[0] * q.shape[1]
+    total_q, total_k = (x.shape[0] * x.shape[1] for x in (q, k))
     if cu_doc_lens is not None:
         _check_device(cu_doc_lens, q)
         check_cu_doc_lens(cu_doc_lens, total_q, max_doc_len)
-        if k.shape[1] != total_q:
+        if total_k != total_q:
             raise ValueError(
-                f"cu_doc_lens needs as many keys as queries, got {k.shape[1]} and {total_q}. Pass "
+                f"cu_doc_lens needs as many keys as queries, got {total_k} and {total_q}. Pass "
                 "cu_doc_lens_q and cu_doc_lens_k instead."
             )
         longest = total_q if max_doc_len is None else min(max_doc_len, total_q)
@@ -72,7 +71,8 @@ def fold(
 
     assert cu_doc_lens_q is not None and cu_doc_lens_k is not None
     if local_k_slice is not None:
-        k, v = k[:, local_k_slice], v[:, local_k_slice]
+        k, v = (x.flatten(0, 1)[None, local_k_slice] for x in (k, v))
+        total_k = k.shape[1]
     if cu_doc_lens_q.shape != cu_doc_lens_k.shape:
         raise ValueError(
             "cu_doc_lens_q and cu_doc_lens_k must have one entry for each segment, got shapes "
@@ -80,12 +80,12 @@ def fold(
         )
     for cu, total, bound, name in (
         (cu_doc_lens_q, total_q, max_doc_len_q, "cu_doc_lens_q"),
-        (cu_doc_lens_k, k.shape[1], max_doc_len_k, "cu_doc_lens_k"),
+        (cu_doc_lens_k, total_k, max_doc_len_k, "cu_doc_lens_k"),
     ):
         _check_device(cu, q)
         check_cu_doc_lens(cu, total, bound, name)
     max_q = total_q if max_doc_len_q is None else max_doc_len_q
-    max_k = k.shape[1] if max_doc_len_k is None else max_doc_len_k
+    max_k = total_k if max_doc_len_k is None else max_doc_len_k
     return Segments(cu_doc_lens_q, cu_doc_lens_k, max_q, max_k, True, window), k, v
 
 

@@ -92,19 +92,19 @@ def check_cu_doc_lens(
         )
         return
 
-    values = host_lengths(cu)
-    if values[0] != 0:
-        raise ValueError(f"{name} must start at 0, got {_short(values)}.")
-    if any(b < a for a, b in pairwise(values)):
+    first, last, shortest, longest = _remember(cu, ("extent", 0), lambda: _extent(host_lengths(cu)))
+    if first != 0:
+        raise ValueError(f"{name} must start at 0, got {_short(host_lengths(cu))}.")
+    if shortest < 0:
         raise ValueError(
-            f"{name} must not decrease (repeated ends are empty documents), got {_short(values)}."
+            f"{name} must not decrease (repeated ends are empty documents), got "
+            f"{_short(host_lengths(cu))}."
         )
-    if values[-1] != total:
+    if last != total:
         raise ValueError(
             f"{name} must end at the number of tokens in the flattened batch, {total}, got "
-            f"{values[-1]}: {_short(values)}. Tokens past the last document need a document too."
+            f"{last}: {_short(host_lengths(cu))}. Tokens past the last document need one too."
         )
-    longest = max(b - a for a, b in pairwise(values))
     if max_doc_len is not None and longest > max_doc_len:
         raise ValueError(
             f"The longest document of {name} has {longest} tokens, but max_doc_len={max_doc_len}. "
@@ -161,6 +161,12 @@ def leftpad_to_cu_doc_lens(leftpad: Tensor, seq_len: int) -> Tensor:
         return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
 
     return _remember(leftpad, ("documents", seq_len), compute)
+
+
+def _extent(values: list[int]) -> tuple[int, int, int, int]:
+    """The first and last value, and the shortest and longest step between neighbours."""
+    steps = [b - a for a, b in pairwise(values)]
+    return values[0], values[-1], min(steps), max(steps)
 
 
 def _short(values: list[int]) -> str:

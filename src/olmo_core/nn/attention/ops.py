@@ -45,8 +45,8 @@ def attend(
 
     Under autocast the inputs are cast to its dtype, as in torch's own attention.
 
-    :param q: ``(b, t_q, h, d)``; b is 1 where ``segments`` has lengths.
-    :param k: ``(b, t_k, g, d)``, where g divides h.
+    :param q: ``(b, t_q, h, d)``. If ``segments`` has lengths, they are about the flattened batch.
+    :param k: ``(b, t_k, g, d)``, where g divides h. With lengths, b may differ from q's.
     :param v: Like ``k``.
     :param scale: Factor of the scores.
     :param kernel: The name of a kernel, see :func:`get_kernel`.
@@ -54,21 +54,22 @@ def attend(
     :raises ValueError: If shapes, dtypes or devices do not fit together.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    _check(q, k, v)
     s = segments
+    _check(q, k, v, s)
     out, _, _ = _CALL["attend_dropout" if dropout_p else "attend"](
         q, k, v, s.cu_q, s.cu_k, s.max_q, s.max_k, s.causal, s.window, scale, dropout_p, kernel
     )
     return out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> None:
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
             "Expected q (batch, queries, heads, head_dim) and k, v (batch, keys, kv heads, "
             f"head_dim), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
         )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+    same_batch = q.shape[0] == k.shape[0] or s.cu_q is not None
+    if not same_batch or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ValueError(
             "q and k must agree in batch and head_dim, and the query heads must be a multiple of "
             f"the kv heads, got {tuple(q.shape)} and {tuple(k.shape)}."
@@ -82,16 +83,29 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must share a device, got {q.device}, {k.device}, {v.device}.")
 
 
+def _flat(s: Segments, *tensors: Tensor) -> list[Tensor]:
+    """What kernels take: rows contiguous, and one batch where there are lengths.
+
+    Here, below autograd, a view costs no node in its graph.
+    """
+    rows = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    if s.cu_q is None:
+        return rows
+    return [x if x.shape[0] == 1 else x.reshape(1, -1, *x.shape[2:]) for x in rows]
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *segments, scale, dropout_p, kernel = problem
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return get_kernel(kernel).forward(
-        q, k, v, Segments(*segments), scale=scale, dropout_p=dropout_p
-    )
+    *lengths, scale, dropout_p, kernel = problem
+    s = Segments(*lengths)
+    flat_q, k, v = _flat(s, q, k, v)
+    out, lse, rng = get_kernel(kernel).forward(flat_q, k, v, s, scale=scale, dropout_p=dropout_p)
+    return out.view(q.shape), lse, rng
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     b, t, h, _ = q.shape
+    if problem[0] is not None:
+        b, t = 1, b * t
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     rng = q.new_empty((2 if problem[-2] else 0,), dtype=torch.int64)
@@ -108,21 +122,14 @@ def _backward(
     rng: Tensor,
     *problem: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *segments, scale, dropout_p, kernel = problem
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    *lengths, scale, dropout_p, kernel = problem
+    s = Segments(*lengths)
+    shapes = [x.shape for x in (q, k, v)]
+    dout, q, k, v, out = _flat(s, dout.contiguous(), q, k, v, out)
     grads = get_kernel(kernel).backward(
-        dout.contiguous(),
-        q,
-        k,
-        v,
-        out,
-        lse,
-        rng,
-        Segments(*segments),
-        scale=scale,
-        dropout_p=dropout_p,
+        dout, q, k, v, out, lse, rng, s, scale=scale, dropout_p=dropout_p
     )
-    dq, dk, dv = (x.contiguous() for x in grads)
+    dq, dk, dv = (x.contiguous().view(shape) for x, shape in zip(grads, shapes, strict=True))
     return dq, dk, dv
 
 
