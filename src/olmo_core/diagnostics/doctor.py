@@ -5,7 +5,7 @@ Nothing here raises for what a machine lacks, or for what a library does wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ class Report:
 
 def steps() -> int:
     """How many names :func:`examine` announces."""
-    return len(CAPABILITIES) + len(EXTRAS) + 1
+    return len(CAPABILITIES) * len(Feature) + len(EXTRAS) + 1
 
 
 def examine(device: torch.device, announce: Callable[[str], None] = lambda name: None) -> Report:
@@ -103,20 +103,22 @@ def examine(device: torch.device, announce: Callable[[str], None] = lambda name:
 
     :param announce: Called with the name of each thing before it is tried.
     """
-
-    def tried(names: Any) -> Iterator[Any]:
-        for name in names:
-            announce(str(name))
-            yield name
-
     environment = Environment.detect(device)
-    backends = [_backend(CAPABILITIES[n], environment, device) for n in tried(CAPABILITIES)]
-    extras = [_guarded(name, device) for name in tried(EXTRAS)]
+    backends = [_backend(c, environment, device, announce) for c in CAPABILITIES.values()]
+    extras = []
+    for name in EXTRAS:
+        announce(name)
+        extras.append(_guarded(name, device))
     announce("automatic choice")
     return Report(describe(device), backends, extras, _choices(environment, device))
 
 
-def _backend(c: Capabilities, environment: Environment, device: torch.device) -> BackendRow:
+def _backend(
+    c: Capabilities,
+    environment: Environment,
+    device: torch.device,
+    announce: Callable[[str], None] = lambda name: None,
+) -> BackendRow:
     # What is trained in: half precision on a GPU. A CPU computes in float32.
     dtype = torch.bfloat16 if device.type == "cuda" or c.name != "torch" else torch.float32
     place = Place(c.name, device, dtype, probe_head_dim(device))
@@ -126,6 +128,7 @@ def _backend(c: Capabilities, environment: Environment, device: torch.device) ->
     if not cause and (failure := _failure(place, Feature.backward)):
         cause, mend = failure, _reinstall(c)
     for feature in Feature:
+        announce(f"{c.name}: {feature}")  # each may compile for half a minute
         if cause:
             features[feature] = Tick("no", cause)
         elif refused := feature_reasons(c, [feature]):

@@ -56,16 +56,14 @@ def register_differentiable(
     Differentiable.__name__ = name  # what grad_fn and tracebacks show
 
     def with_autograd(*inputs: Any) -> Any:
-        if torch.is_grad_enabled():
-            for x in inputs:
-                if isinstance(x, Tensor) and x.requires_grad:
-                    return Differentiable.apply(*inputs)
+        if _wants_gradient(inputs):
+            return Differentiable.apply(*inputs)
         return below_autograd(*inputs)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling() or not _nobody_listens(inputs):
             return op(*inputs)
-        return with_autograd(*inputs)
+        return Differentiable.apply(*inputs) if _wants_gradient(inputs) else implementation(*inputs)
 
     lib.impl(name, with_autograd, "Autograd")
     return call
@@ -94,6 +92,12 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _wants_gradient(inputs: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in inputs
+    )
 
 
 def _nobody_listens(inputs: tuple[Any, ...]) -> bool:
