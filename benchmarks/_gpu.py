@@ -20,6 +20,7 @@ import torch
 
 __all__ = [
     "Report",
+    "captured",
     "copy_tbs",
     "gemm_tflops",
     "median_ms",
@@ -59,6 +60,19 @@ def _medians(rivals: list[Sequence[Callable[[], Any]]], warmup: int, samples: in
             mine.append((start, stop))
     torch.cuda.synchronize()
     return [statistics.median(a.elapsed_time(b) for a, b in mine) for mine in spans]
+
+
+def captured(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The replay of a step as one CUDA graph: its kernels without their launches from Python."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def peak_mib(call: Callable[[], Any]) -> float:

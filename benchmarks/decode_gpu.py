@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._gpu import Report, copy_tbs, median_ms, require_cuda
+from benchmarks._gpu import Report, captured, copy_tbs, median_ms, require_cuda
 from olmo_core.nn.attention.decode import masked
 from olmo_core.nn.attention.kernels.decode_triton import decode
 
@@ -38,18 +38,6 @@ STEPS: dict[str, Step] = {
     "flash-attn 2": with_kvcache,
     "masked SDPA": functools.partial(masked, scale=HEAD_DIM**-0.5),
 }
-
-
-def captured(step: Callable[[], Any]) -> Callable[[], Any]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def measure(step: Step, batch: int, tokens: int, tbs: float) -> dict[str, float]:

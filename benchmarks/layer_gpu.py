@@ -5,6 +5,9 @@ Cases: full causal, a window of 1024, documents of 1024. Rivals of the same run:
 plain PyTorch, with qk-norm and RoPE in eager mode around SDPA (a dense mask where there is a window
 or documents) and around flash-attn 2.
 
+Eager times include launching from Python, some 3 ms where the host is slow; ``graph_fb_ms`` is the
+same forward + backward replayed as one CUDA graph.
+
 The floor is what the arithmetic takes at the rate of a large matrix product, plus the bytes of
 qk-norm + RoPE at the rate of a copy. Nobody reaches it: attention runs at 60-70% of that rate.
 """
@@ -21,7 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks._gpu import Report, copy_tbs, gemm_tflops, median_ms, peak_mib, require_cuda
+from benchmarks._gpu import (
+    Report,
+    captured,
+    copy_tbs,
+    gemm_tflops,
+    median_ms,
+    peak_mib,
+    require_cuda,
+)
 from olmo_core.config import DType
 from olmo_core.nn.attention import AttentionBackendName, AttentionConfig
 from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
@@ -132,7 +143,12 @@ def step(layer: Callable[[Tensor], Tensor]) -> dict[str, float]:
     times = {"fb_ms": round(median_ms(calls), 3)}
     with torch.no_grad():
         times["fwd_ms"] = round(median_ms([functools.partial(layer, x) for x in inputs]), 3)
-    return {**times, "peak_mib": round(peak_mib(calls[0]))}
+    times["peak_mib"] = round(peak_mib(calls[0]))
+    try:
+        times["graph_fb_ms"] = round(median_ms([captured(call) for call in calls]), 3)
+    except RuntimeError as e:
+        print(f"no CUDA graph: {str(e).splitlines()[0][:150]}", flush=True)
+    return times
 
 
 def floor_ms(case: str, tflops: float, tbs: float) -> float:
