@@ -87,8 +87,9 @@ def triton_forward(
 
     grid, saved = _grid(q, v), saved_like(q, v)
     ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
+    q, k, v = _rows(q, k, v)
     out, final = launch_forward(
-        grid, *_rows(q, k, v), g, beta, initial_state, ids, saved, scale, normalize_qk
+        grid, q, k, v, g, beta, initial_state, ids, saved, scale, normalize_qk
     )
     return out, final, saved if save else None
 

@@ -79,17 +79,16 @@ def _prepare(
     read = factor(factors_ptr, READ, chunk_row, C)
     w = split_dot(inverse * (beta * key * read)[None, :], k)
     w_at = chunk_row * (C * K) + i[:, None] * K + columns[None, :]
-    keep = (columns < K)[None, :]
-    tl.store(w_ptr + w_at, w.to(w_ptr.dtype.element_ty), mask=keep)
+    tl.store(w_ptr + w_at, w.to(w_ptr.dtype.element_ty), mask=(columns < K)[None, :])
 
     at, live = token_rows(n, row, padding, v_stride_b, v_stride_t, v_stride_h, HEADS, 1, C)
     by_beta = inverse * beta[None, :]
     for first in range(0, V, BLOCK_V):
-        columns = first + tl.arange(0, BLOCK_V)
-        u = split_dot(by_beta, load_rows(v_ptr, at, live, columns, V))
-        u_at = chunk_row * (C * V) + i[:, None] * V + columns[None, :]
-        keep = (columns < V)[None, :]
-        tl.store(updates_ptr + u_at, u.to(updates_ptr.dtype.element_ty), mask=keep)
+        v_columns = first + tl.arange(0, BLOCK_V)
+        u = split_dot(by_beta, load_rows(v_ptr, at, live, v_columns, V))
+        u_at = chunk_row * (C * V) + i[:, None] * V + v_columns[None, :]
+        v_keep = (v_columns < V)[None, :]
+        tl.store(updates_ptr + u_at, u.to(updates_ptr.dtype.element_ty), mask=v_keep)
 
 
 @triton.jit(do_not_specialize=["padding", "rows", "chunks"])
