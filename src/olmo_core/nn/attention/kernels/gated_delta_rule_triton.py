@@ -40,6 +40,8 @@ def supported(q: Tensor, v: Tensor) -> str | None:
         return "triton is not installed: pip install triton"
     if q.dtype not in _DTYPES:
         return f"the kernels take bfloat16 and float16, not {q.dtype}"
+    if _INTERPRETED and q.dtype == torch.bfloat16:
+        return "Triton's interpreter has no bfloat16 products"
     if not (q.is_cuda or _INTERPRETED):
         return f"the kernels run on CUDA tensors, these are on {q.device.type}"
     if q.shape[3] > _MAX_KEY_DIM:
