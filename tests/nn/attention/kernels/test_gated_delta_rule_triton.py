@@ -23,7 +23,7 @@ from olmo_core.nn.attention.kernels.gated_delta_rule_triton import supported
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 # The recurrence, rounded at its ends only, is off by 2.4e-3 in bfloat16 and by 3e-4 in float16.
-BOUND = 8e-3 if DEVICE == "cuda" else 1e-3
+BOUND = 1e-2 if DEVICE == "cuda" else 1e-3
 REASON = supported(*(torch.empty(1, 1, 1, 16, device=DEVICE, dtype=DTYPE),) * 2)
 NAMES = ("out", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -145,18 +145,21 @@ def test_documents_of_one_token() -> None:
 @needs_kernels
 @pytest.mark.parametrize("documents", [False, True])
 def test_strong_decay(documents: bool) -> None:
-    """g = -80 now and then: q dq - k dk over all terms would be off by 2e28."""
+    """g = -80: q dq - k dk over terms whose exponent is 0 would leave 1e-7 where 1e-35 is right."""
     inputs = make(tokens=150)
     inputs["g"][:, ::3] = -80
     cu = torch.tensor([0, 1, 70, 150], device=DEVICE, dtype=torch.int32)
-    check(inputs, cu_doc_lens=cu if documents else None)
+    cu_doc_lens = cu if documents else None
+    check(inputs, cu_doc_lens=cu_doc_lens)
+    inputs["g"].fill_(-80)
+    assert check(inputs, cu_doc_lens=cu_doc_lens)["dg"].abs().max() < 1e-30
 
 
 @needs_kernels
 def test_long_sums_of_decays_keep_their_differences() -> None:
-    """c is -5e3 by the chunk's end: in float32, exp(c_i - c_j) would be off by 5e-4."""
+    """c is -2e6 by the chunk's end: in float32, exp(c_i - c_j) would be off by a tenth."""
     inputs = make(tokens=64, decay=0.01)
-    inputs["g"][:, :40] -= 120.0
+    inputs["g"][:, :40] -= 5e4
     check(inputs)
 
 

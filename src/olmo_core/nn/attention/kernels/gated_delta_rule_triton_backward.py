@@ -349,7 +349,7 @@ def launch_backward(
     )  # fmt: skip
 
     dstates = torch.empty_like(saved.states)
-    dinitial = torch.empty(grid.batch, grid.value_heads, K, V, dtype=torch.float32, device=q.device)
+    dinitial = factors.new_empty(grid.batch, grid.value_heads, K, V)
     block = min(32 if wide else 64, pad(V))
     _scan[(triton.cdiv(V, block), R)](
         dout, q, k, w, factors, None if dfinal is None else dfinal.contiguous(), du, dstates,
@@ -359,7 +359,7 @@ def launch_backward(
 
     block_k = min(64, k_pad)
     parts = 1 + k_pad // block_k
-    dlog, dbeta_rows = (torch.empty(N, R, parts, C, device=q.device) for _ in range(2))
+    dlog, dbeta_rows = (factors.new_empty(N, R, parts, C) for _ in range(2))
     dqk, dkk = (q.new_empty(N, R, C, C) for _ in range(2))
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     _values[(N, R)](
@@ -368,7 +368,7 @@ def launch_backward(
         PARTS=parts, DOCUMENTS=documents, num_warps=warps, num_stages=2,
     )  # fmt: skip
 
-    dq_rows, dk_rows = (torch.empty(N, R, C, K, device=q.device) for _ in range(2))
+    dq_rows, dk_rows = (factors.new_empty(N, R, C, K) for _ in range(2))
     _keys[(N * (parts - 1), R)](
         dout, q, k, factors, saved.states, saved.updates, du, dstates, dqk, dkk, dq_rows, dk_rows,
         dlog, dbeta_rows, *common, *strides(dout, q, k), **sizes, BLOCK_K=block_k, **values,

@@ -47,7 +47,7 @@ def _invert(a, C: tl.constexpr, LEVELS: tl.constexpr):
     same = (i[:, None] // 2) == (i[None, :] // 2)
     eye = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
     d = tl.where(same, eye - a, 0.0)
-    for level in tl.static_range(1, LEVELS):
+    for level in range(1, LEVELS):
         apart = (i[:, None] >> level) != (i[None, :] >> level)
         pair = (i[:, None] >> (level + 1)) == (i[None, :] >> (level + 1))
         coupling = tl.where(apart & pair, a, 0.0)
@@ -186,7 +186,7 @@ def launch_forward(
         num_warps=8 if wide else 4, num_stages=2,
     )  # fmt: skip
 
-    final = torch.empty(grid.batch, grid.value_heads, K, V, dtype=torch.float32, device=q.device)
+    final = factors.new_empty(grid.batch, grid.value_heads, K, V)
     initial = None if initial_state is None else initial_state.contiguous()
     block = min(32 if wide else 64, pad(V))
     _scan[(triton.cdiv(V, block), R)](
