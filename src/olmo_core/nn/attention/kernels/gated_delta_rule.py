@@ -1,4 +1,5 @@
-"""The gated delta rule in plain torch, on any device, in linear time and memory both ways.
+"""The gated delta rule on any device, in linear time and memory both ways: in plain torch, or where
+``gated_delta_rule_triton.supported`` in Triton kernels.
 
 ``gated_delta_rule`` is a dispatcher op, so it is one node of a compiled graph and selective
 checkpointing can name it (``torch.ops.olmo_core.gated_delta_rule``). The recurrence that it
@@ -20,6 +21,7 @@ from olmo_core.nn.attention.lengths import check_cu_doc_lens
 from .gated_delta_rule_backward import chunked_backward
 from .gated_delta_rule_chunks import QK_NORM_EPS, ChunkGrid, accumulation_dtype
 from .gated_delta_rule_forward import Saved, chunked_forward
+from .gated_delta_rule_triton import saved_like, supported, triton_backward, triton_forward
 from .registration import cast_for_autocast, refuse_second_derivative, register_differentiable
 
 __all__ = ["gated_delta_rule", "gated_delta_rule_step_", "normalize"]
@@ -201,7 +203,8 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        out, state, saved = chunked_forward(
+        run = chunked_forward if supported(q, v) else triton_forward
+        out, state, saved = run(
             q,
             k,
             v,
@@ -233,8 +236,13 @@ def _forward_fake(
     grid = ChunkGrid.of(q, v)
     dtype = accumulation_dtype(q.dtype)
     state = q.new_empty((grid.batch, grid.value_heads, grid.key_dim, grid.value_dim), dtype=dtype)
-    saved = [state.new_empty(shape if save else (0,)) for shape in Saved.shapes(grid)]
-    return v.new_empty(v.shape), state, saved[0], saved[1], saved[2]
+    if not save:
+        saved = Saved(*(state.new_empty(0) for _ in range(3)))
+    elif supported(q, v):
+        saved = Saved(*(state.new_empty(shape) for shape in Saved.shapes(grid)))
+    else:
+        saved = saved_like(q, v)
+    return v.new_empty(v.shape), state, saved.states, saved.updates, saved.inverses
 
 
 def _backward(
@@ -253,7 +261,8 @@ def _backward(
     normalize_qk: bool,
 ) -> tuple[Tensor, ...]:
     with torch.autocast(q.device.type, enabled=False):
-        return chunked_backward(
+        run = chunked_backward if supported(q, v) else triton_backward
+        return run(
             dout,
             dfinal,
             q,
@@ -270,7 +279,8 @@ def _backward(
 
 def _backward_fake(dout: Tensor, dfinal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     q, _, v, _, _, states = inputs[:6]
-    state = states.new_empty(q.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    state = states.new_empty(shape, dtype=accumulation_dtype(q.dtype))
     return (*(x.new_empty(x.shape) for x in inputs[:5]), state)
 
 

@@ -1,0 +1,128 @@
+"""The gated delta rule on a CUDA device in half precision: what Triton kernels can serve, and how.
+
+The algebra is that of ``gated_delta_rule_forward`` and ``gated_delta_rule_backward``, the legend of
+shapes that of ``gated_delta_rule_chunks``. Products take operands of the inputs' dtype and sum in
+float32; states are float32 while they are carried from chunk to chunk; everything around the
+inverse of a chunk is float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .gated_delta_rule_chunks import ChunkGrid
+from .gated_delta_rule_forward import Saved
+
+__all__ = ["saved_like", "supported", "triton_backward", "triton_forward"]
+
+_CHUNK = 64  # tokens: the row count of one tensor core instruction
+_DTYPES = (torch.bfloat16, torch.float16)
+_MAX_KEY_DIM = 256
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def supported(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernels can't serve these tensors, or None if they can.
+
+    Asks only what the forward and the backward pass, and fake tensors, know alike.
+
+    :param q: ``(B, T, H, K)``.
+    :param v: ``(B, T, HV, V)``.
+    """
+    if not _HAS_TRITON:
+        return "triton is not installed: pip install triton"
+    if q.dtype not in _DTYPES:
+        return f"the kernels take bfloat16 and float16, not {q.dtype}"
+    if _INTERPRETED and q.dtype == torch.bfloat16:
+        return "Triton's interpreter has no bfloat16 products"
+    if not (q.is_cuda or _INTERPRETED):
+        return f"the kernels run on CUDA tensors, these are on {q.device.type}"
+    if q.shape[3] > _MAX_KEY_DIM:
+        return f"key_dim is at most {_MAX_KEY_DIM}, not {q.shape[3]}"
+    if not (q.shape[0] and q.shape[1]):
+        return f"there are no tokens in {tuple(q.shape)}"
+    return None if _INTERPRETED else _driver_failure()
+
+
+@cache
+def _driver_failure() -> str | None:
+    """Why Triton can't reach the GPU, if so: it needs a C compiler, and the driver's library."""
+    import triton
+
+    try:
+        triton.runtime.driver.active.get_current_device()
+    except Exception as error:
+        return f"Triton finds no working driver: {type(error).__name__}: {error}"
+    return None
+
+
+def saved_like(q: Tensor, v: Tensor) -> Saved:
+    """Room for what the backward pass needs: states and updates in q's dtype, inverses float32."""
+    states, updates, inverses = Saved.shapes(_grid(q, v))
+    return Saved(
+        q.new_empty(states), q.new_empty(updates), q.new_empty(inverses, dtype=torch.float32)
+    )
+
+
+def triton_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_doc_lens: Tensor | None,
+    *,
+    scale: float,
+    normalize_qk: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Saved | None]:
+    """Like :func:`.gated_delta_rule_forward.chunked_forward`, for what is :func:`supported`."""
+    from .gated_delta_rule_triton_forward import launch_forward
+
+    grid, saved = _grid(q, v), saved_like(q, v)
+    ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
+    q, k, v = _rows(q, k, v)
+    out, final = launch_forward(
+        grid, q, k, v, g, beta, initial_state, ids, saved, scale, normalize_qk
+    )
+    return out, final, saved if save else None
+
+
+def triton_backward(
+    dout: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    saved: Saved,
+    cu_doc_lens: Tensor | None,
+    *,
+    scale: float,
+    normalize_qk: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Like :func:`.gated_delta_rule_backward.chunked_backward`, after :func:`triton_forward`."""
+    from .gated_delta_rule_triton_backward import launch_backward
+
+    grid = _grid(q, v)
+    ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
+    dout, q, k, v = _rows(dout, q, k, v)
+    return launch_backward(grid, dout, dfinal, q, k, v, g, beta, ids, saved, scale, normalize_qk)
+
+
+def _grid(q: Tensor, v: Tensor) -> ChunkGrid:
+    return replace(ChunkGrid.of(q, v), chunk=_CHUNK)
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """The kernels read rows: the last dimension must be contiguous."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

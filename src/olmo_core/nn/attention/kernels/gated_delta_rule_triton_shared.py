@@ -1,0 +1,162 @@
+"""
+What the Triton kernels of the gated delta rule share. One program handles one chunk of one row, or
+carries one row's state over its chunks. The legend of shapes is in ``gated_delta_rule_chunks``.
+
+Queries and keys enter all products as they are in memory, exactly. Their scale and the inverses of
+their lengths are factors of single tokens and multiply the float32 results, or the other operand
+before it is rounded.
+"""
+
+# mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gated_delta_rule_chunks import QK_NORM_EPS, ChunkGrid
+
+__all__ = [
+    "BETA", "KEY", "QUERY", "READ", "WRITE", "compute_factors", "decay_matrix", "factor",
+    "load_rows", "pad", "split_dot", "strides", "token_rows", "whole_decay",
+]  # fmt: skip
+
+# The planes of the factors (N, R, PLANES, C).
+LOG = tl.constexpr(0)  # sum of g from the chunk's start, rounded,
+REST = tl.constexpr(1)  # and what the rounding took: differences of long sums are exponentiated
+READ = tl.constexpr(2)  # decay of the incoming state at each token; 0 in another document
+WRITE = tl.constexpr(3)  # decay of each token's write in the outgoing state
+QUERY = tl.constexpr(4)  # scale, over the query's length where queries are normalised
+KEY = tl.constexpr(5)  # 1, or 1 over the key's length
+BETA = tl.constexpr(6)
+_PLANES = tl.constexpr(7)
+
+
+@triton.jit
+def token_rows(n, row, padding, stride_b, stride_t, stride_h, HEADS: tl.constexpr,
+               GROUP: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Offsets of a chunk's tokens in a (B, T, HEADS / GROUP, ...) tensor for value row ``row``,
+    and which of them are no padding."""
+    token = n * C + tl.arange(0, C) - padding
+    head = (row % HEADS) // GROUP
+    start = (row // HEADS).to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    return start + token.to(tl.int64) * stride_t, token >= 0
+
+
+@triton.jit
+def load_rows(ptr, at, live, columns, WIDTH: tl.constexpr):
+    """A tile of rows that start at ``at``; zeros where a row is not ``live`` or ends."""
+    keep = live[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(ptr + at[:, None] + columns[None, :], mask=keep, other=0.0)
+
+
+@triton.jit
+def factor(ptr, which: tl.constexpr, chunk_row, C: tl.constexpr):
+    """One plane's factors of a chunk, (C,) float32."""
+    return tl.load(ptr + chunk_row * (_PLANES * C) + which * C + tl.arange(0, C))
+
+
+@triton.jit
+def whole_decay(ptr, chunk_row, C: tl.constexpr):
+    """The decay of the incoming state in the outgoing one: that of the last token's read."""
+    return tl.load(ptr + chunk_row * (_PLANES * C) + READ * C + C - 1)
+
+
+@triton.jit
+def decay_matrix(ptr, ids_ptr, chunk_row, n, C: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Gamma (C, C): the decay from token j to token i >= j at [i, j], else 0."""
+    i = tl.arange(0, C)
+    log, rest = factor(ptr, LOG, chunk_row, C), factor(ptr, REST, chunk_row, C)
+    exponent = (log[:, None] - log[None, :]) + (rest[:, None] - rest[None, :])
+    seen = i[:, None] >= i[None, :]
+    if DOCUMENTS:
+        ids = tl.load(ids_ptr + n * C + i)
+        seen = seen & (ids[:, None] == ids[None, :])
+    return tl.where(seen, tl.exp(tl.minimum(exponent, 0.0)), 0.0)
+
+
+@triton.jit
+def split_dot(a, b):
+    """a @ b for a float32 ``a`` that rounding to b's dtype would spoil: as two of its parts."""
+    high = a.to(b.dtype)
+    low = (a - high.to(tl.float32)).to(b.dtype)
+    return tl.dot(high, b, tl.dot(low, b))
+
+
+@triton.jit
+def _inverse_length(ptr, at, live, eps, K: tl.constexpr, K_PAD: tl.constexpr):
+    x = load_rows(ptr, at, live, tl.arange(0, K_PAD), K).to(tl.float32)
+    return 1.0 / tl.sqrt(tl.sum(x * x, axis=1) + eps)
+
+
+@triton.jit(do_not_specialize=["padding", "rows"])
+def _factors(
+    q_ptr, k_ptr, g_ptr, beta_ptr, ids_ptr, out_ptr, padding, rows, scale, eps,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
+    g_stride_b, g_stride_t, g_stride_h, beta_stride_b, beta_stride_t, beta_stride_h,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    K_PAD: tl.constexpr, DOCUMENTS: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    n, row = tl.program_id(0), tl.program_id(1)
+    at, live = token_rows(n, row, padding, g_stride_b, g_stride_t, g_stride_h, HEADS, 1, C)
+    g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float64)
+    log = tl.cumsum(g, axis=0)
+    to_end = tl.sum(g, axis=0) - log
+    read, write = tl.exp(log.to(tl.float32)), tl.exp(tl.minimum(to_end.to(tl.float32), 0.0))
+    i = tl.arange(0, C)
+    if DOCUMENTS:
+        ids = tl.load(ids_ptr + n * C + i)
+        before = tl.load(ids_ptr + n * C - 1, mask=n > 0, other=0)
+        last = tl.load(ids_ptr + n * C + C - 1)
+        read = tl.where(ids == before, read, 0.0)
+        write = tl.where(ids == last, write, 0.0)
+    out = out_ptr + (n.to(tl.int64) * rows + row) * (_PLANES * C) + i
+    rounded = log.to(tl.float32)
+    tl.store(out + LOG * C, rounded)
+    tl.store(out + REST * C, (log - rounded.to(tl.float64)).to(tl.float32))
+    tl.store(out + READ * C, read)
+    tl.store(out + WRITE * C, write)
+
+    at, live = token_rows(n, row, padding, beta_stride_b, beta_stride_t, beta_stride_h, HEADS, 1, C)
+    tl.store(out + BETA * C, tl.load(beta_ptr + at, mask=live, other=0.0).to(tl.float32))
+
+    query = tl.zeros((C,), tl.float32) + scale
+    key = tl.zeros((C,), tl.float32) + 1.0
+    if NORMALIZE:
+        at, live = token_rows(n, row, padding, q_stride_b, q_stride_t, q_stride_h, HEADS, GROUP, C)
+        query *= _inverse_length(q_ptr, at, live, eps, K, K_PAD)
+        at, live = token_rows(n, row, padding, k_stride_b, k_stride_t, k_stride_h, HEADS, GROUP, C)
+        key = _inverse_length(k_ptr, at, live, eps, K, K_PAD)
+    tl.store(out + QUERY * C, query)
+    tl.store(out + KEY * C, key)
+
+
+def pad(size: int) -> int:
+    """The power of two, at least 16, that holds ``size``: what tensor cores take."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """The strides of tensors (B, T, heads, ...) over batch, tokens and heads, one after another."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def compute_factors(
+    grid: ChunkGrid, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, ids: Tensor | None,
+    scale: float, normalize_qk: bool,
+) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    """The factors (N, R, PLANES, C) float32, and the sizes that all kernels are compiled for."""
+    N, R, C = grid.chunks, grid.rows, grid.chunk
+    factors = torch.empty(N, R, _PLANES.value, C, dtype=torch.float32, device=q.device)
+    sizes = {
+        "HEADS": grid.value_heads, "GROUP": grid.group, "C": C, "K": grid.key_dim,
+        "K_PAD": pad(grid.key_dim), "DOCUMENTS": ids is not None,
+    }  # fmt: skip
+    _factors[(N, R)](
+        q, k, g, beta, ids, factors, grid.padding, R, scale, QK_NORM_EPS,
+        *strides(q, k, g, beta), **sizes, NORMALIZE=normalize_qk, num_warps=4,
+    )  # fmt: skip
+    return factors, sizes
