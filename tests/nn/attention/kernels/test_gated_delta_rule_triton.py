@@ -29,8 +29,8 @@ NAMES = ("out", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 # Triton's interpreter reads loop bounds out of arrays in a way that numpy is about to forbid.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-# Each example may compile nine kernels.
-few = settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
+# On a GPU each example may compile ten kernels, half a minute.
+few = settings(max_examples=3 if DEVICE == "cuda" else 8, phases=[Phase.explicit, Phase.generate])
 
 
 def make(
@@ -153,10 +153,10 @@ def test_strong_decay(documents: bool) -> None:
 
 @needs_kernels
 def test_gradients_of_the_strongest_decays() -> None:
-    """1e-35 at g = -80. Next to the terms whose exponent is 0, which cancel, nothing is left of it;
+    """1e-31 at g = -70. Next to the terms whose exponent is 0, which cancel, nothing is left of it;
     q dq - k dk would leave their rounding instead, 1e-7."""
     inputs = make(tokens=64)
-    inputs["g"].fill_(-80)
+    inputs["g"].fill_(-70)
     exact = {name: x.double() for name, x in inputs.items()}
     got, want = run(gated_delta_rule, inputs), run(gated_delta_rule_reference, exact)
     assert (got["dg"].double() - want["dg"]).norm() <= BOUND * want["dg"].norm()
@@ -202,6 +202,13 @@ def test_op_passes_opcheck() -> None:
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     args = (*inputs.values(), None, 0.2, True, True)
     torch.library.opcheck(torch.ops.olmo_core.gated_delta_rule.default, args, test_utils=tests)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value_dim", [128, 256])
+def test_size_of_a_model(value_dim: int) -> None:
+    shape = {"key_heads": 4, "group": 2, "key_dim": 128, "value_dim": value_dim}
+    check(make(2, 1000, strided=True, decay=0.1, **shape))
 
 
 @pytest.mark.gpu
