@@ -24,6 +24,7 @@ __all__ = ["saved_like", "supported", "triton_backward", "triton_forward"]
 _CHUNK = 64  # tokens: the row count of one tensor core instruction
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_KEY_DIM = 256
+_MAX_ROWS = 65535  # programs along a grid's second dimension
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -46,16 +47,22 @@ def supported(q: Tensor, v: Tensor) -> str | None:
         return f"the kernels run on CUDA tensors, these are on {q.device.type}"
     if q.shape[3] > _MAX_KEY_DIM:
         return f"key_dim is at most {_MAX_KEY_DIM}, not {q.shape[3]}"
+    if q.shape[0] * v.shape[2] > _MAX_ROWS:
+        return f"batch x value heads is at most {_MAX_ROWS}, not {q.shape[0]} x {v.shape[2]}"
     if not (q.shape[0] and q.shape[1]):
         return f"there are no tokens in {tuple(q.shape)}"
-    return None if _INTERPRETED else _driver_failure()
+    return None if _INTERPRETED else _device_reason(q.device)
 
 
 @cache
-def _driver_failure() -> str | None:
-    """Why Triton can't reach the GPU, if so: it needs a C compiler, and the driver's library."""
+def _device_reason(device: torch.device) -> str | None:
+    """Why not this GPU. Triton needs a C compiler, the driver's library, and a GPU with the matrix
+    instructions and shared memory that the blocks were chosen for: others compile to slow code."""
     import triton
 
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] != 9:
+        return f"the kernels are for compute capability 9, {device} has {capability}"
     try:
         triton.runtime.driver.active.get_current_device()
     except Exception as error:
