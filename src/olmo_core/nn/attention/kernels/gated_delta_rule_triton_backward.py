@@ -28,6 +28,7 @@ from .gated_delta_rule_forward import Saved
 from .gated_delta_rule_triton_shared import (
     BETA,
     KEY,
+    NARROWEST,
     QUERY,
     READ,
     WRITE,
@@ -35,7 +36,6 @@ from .gated_delta_rule_triton_shared import (
     decay_matrix,
     factor,
     load_rows,
-    pad,
     split_dot,
     strides,
     token_rows,
@@ -339,7 +339,7 @@ def launch_backward(
     documents, k_pad = sizes.pop("DOCUMENTS"), sizes.pop("K_PAD")
     wide = k_pad > 128
     warps = 8 if wide else 4
-    values = {"V": V, "BLOCK_V": min(64, pad(V))}
+    values = {"V": V, "BLOCK_V": NARROWEST}
     common = (grid.padding, R)
 
     w, du = q.new_empty(N, R, C, K), q.new_empty(N, R, C, V)
@@ -350,15 +350,13 @@ def launch_backward(
 
     dstates = torch.empty_like(saved.states)
     dinitial = factors.new_empty(grid.batch, grid.value_heads, K, V)
-    block = min(32 if wide else 64, pad(V))
-    _scan[(triton.cdiv(V, block), R)](
+    _scan[(triton.cdiv(V, NARROWEST), R)](
         dout, q, k, w, factors, None if dfinal is None else dfinal.contiguous(), du, dstates,
-        dinitial, *common, N, *strides(dout, q, k), **sizes, K_PAD=k_pad, V=V, BLOCK_V=block,
-        STAGES=1 if wide else 2, num_warps=4,
+        dinitial, *common, N, *strides(dout, q, k), **sizes, K_PAD=k_pad, **values,
+        STAGES=1 if wide else 2, num_warps=warps,
     )  # fmt: skip
 
-    block_k = min(64, k_pad)
-    parts = 1 + k_pad // block_k
+    parts = 1 + k_pad // NARROWEST
     dlog, dbeta_rows = (factors.new_empty(N, R, parts, C) for _ in range(2))
     dqk, dkk = (q.new_empty(N, R, C, C) for _ in range(2))
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -371,7 +369,7 @@ def launch_backward(
     dq_rows, dk_rows = (factors.new_empty(N, R, C, K) for _ in range(2))
     _keys[(N * (parts - 1), R)](
         dout, q, k, factors, saved.states, saved.updates, du, dstates, dqk, dkk, dq_rows, dk_rows,
-        dlog, dbeta_rows, *common, *strides(dout, q, k), **sizes, BLOCK_K=block_k, **values,
+        dlog, dbeta_rows, *common, *strides(dout, q, k), **sizes, BLOCK_K=NARROWEST, **values,
         PARTS=parts, num_warps=4, num_stages=2,
     )  # fmt: skip
 

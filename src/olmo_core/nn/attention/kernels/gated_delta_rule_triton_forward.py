@@ -19,6 +19,7 @@ from .gated_delta_rule_forward import Saved
 from .gated_delta_rule_triton_shared import (
     BETA,
     KEY,
+    NARROWEST,
     QUERY,
     READ,
     WRITE,
@@ -178,24 +179,24 @@ def launch_forward(
     factors, sizes = compute_factors(grid, q, k, g, beta, ids, scale, normalize_qk)
     documents = sizes.pop("DOCUMENTS")
     wide = sizes["K_PAD"] > 128
+    warps = 8 if wide else 4
     common = (grid.padding, R)
     w = q.new_empty(N, R, C, K)
     _prepare[(N, R)](
         k, v, factors, ids, saved.inverses, w, saved.updates, *common, *strides(k, v),
-        **sizes, V=V, LEVELS=C.bit_length() - 1, BLOCK_V=min(64, pad(V)), DOCUMENTS=documents,
-        num_warps=8 if wide else 4, num_stages=2,
+        **sizes, V=V, LEVELS=C.bit_length() - 1, BLOCK_V=NARROWEST, DOCUMENTS=documents,
+        num_warps=warps, num_stages=2,
     )  # fmt: skip
 
     final = factors.new_empty(grid.batch, grid.value_heads, K, V)
     initial = None if initial_state is None else initial_state.contiguous()
-    block = min(32 if wide else 64, pad(V))
-    _scan[(triton.cdiv(V, block), R)](
+    _scan[(triton.cdiv(V, NARROWEST), R)](
         k, w, factors, initial, saved.states, saved.updates, final, *common, N,
-        *strides(k), **sizes, V=V, BLOCK_V=block, STAGES=2 if wide else 3, num_warps=4,
+        *strides(k), **sizes, V=V, BLOCK_V=NARROWEST, STAGES=2 if wide else 3, num_warps=warps,
     )  # fmt: skip
 
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    block = min(64 if wide else 128, pad(V))
+    block = NARROWEST if wide else min(128, pad(V))
     _outputs[(N * triton.cdiv(V, block), R)](
         q, k, factors, ids, saved.states, saved.updates, out, *common,
         *strides(q, k, out), **sizes, V=V, BLOCK_V=block, DOCUMENTS=documents, num_warps=4,

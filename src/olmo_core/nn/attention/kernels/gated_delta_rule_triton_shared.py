@@ -20,9 +20,11 @@ from torch import Tensor
 from .gated_delta_rule_chunks import QK_NORM_EPS, ChunkGrid
 
 __all__ = [
-    "BETA", "KEY", "QUERY", "READ", "WRITE", "compute_factors", "decay_matrix", "factor",
-    "load_rows", "pad", "split_dot", "strides", "token_rows", "whole_decay",
+    "BETA", "KEY", "NARROWEST", "QUERY", "READ", "WRITE", "compute_factors", "decay_matrix",
+    "factor", "load_rows", "pad", "split_dot", "strides", "token_rows", "whole_decay",
 ]  # fmt: skip
+
+NARROWEST = 64  # columns of a tile: see :func:`pad`
 
 # The planes of the factors (N, R, PLANES, C).
 LOG = tl.constexpr(0)  # sum of g from the chunk's start, rounded,
@@ -135,8 +137,13 @@ def _factors(
 
 
 def pad(size: int) -> int:
-    """The power of two, at least 16, that holds ``size``: what tensor cores take."""
-    return max(16, triton.next_power_of_2(size))
+    """The power of two that holds ``size``, and at least 64.
+
+    Narrower tiles of half precision are less than the 128 bytes of a row in shared memory. Triton
+    3.6 multiplies those wrongly on Hopper where the other operand is transposed, or writes outside
+    shared memory.
+    """
+    return max(NARROWEST, triton.next_power_of_2(size))
 
 
 def strides(*tensors: Tensor) -> list[int]:
