@@ -8,7 +8,7 @@ export PYTHONPATH=src:${PYTHONPATH:-} PYTHONUNBUFFERED=1
 for part in "${@:-tests layer decode kernels}"; do
   for name in $part; do
     if [ "$name" = tests ]; then
-      python3 -m pytest -m gpu -q -p no:cacheprovider tests
+      python3 -m pytest -m 'gpu or triton' -q -p no:cacheprovider tests
     else
       python3 -m "benchmarks.${name}_gpu"
     fi

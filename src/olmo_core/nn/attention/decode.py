@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
 from olmo_core.nn.attention.kv_cache import KVCacheManager
-from olmo_core.utils import compile_time_constant
 
 __all__ = ["decode"]
 
@@ -35,14 +35,7 @@ def decode(q: Tensor, cache: KVCacheManager, *, scale: float) -> Tensor:
 
 def _has_triton_kernel(q: Tensor) -> bool:
     half_or_single = q.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return q.device.type == "cuda" and half_or_single and _triton_works()
-
-
-@compile_time_constant
-def _triton_works() -> bool:
-    from torch.utils._triton import has_triton
-
-    return has_triton()
+    return q.device.type == "cuda" and half_or_single and triton_refusal(q) is None
 
 
 def masked(

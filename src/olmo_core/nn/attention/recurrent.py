@@ -19,6 +19,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
 from olmo_core.nn.attention.kernels.fla import fla_gated_delta_rule, fla_usable
 from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
+from olmo_core.nn.attention.kernels.gated_delta_rule_triton import supported as triton_refusal
 from olmo_core.nn.attention.recurrent_cache import RecurrentCache
 from olmo_core.nn.attention.recurrent_inputs import read_inputs
 from olmo_core.nn.attention.recurrent_sizes import GatedDeltaNetSizes
@@ -43,7 +44,7 @@ class RuleChoice:
     """Which implementation of the gated delta rule serves a call, and why."""
 
     name: str
-    """``"torch"`` or ``"fla"``."""
+    """``"triton"`` (this library's kernels), ``"fla"`` or ``"torch"``."""
     reason: str
 
     def __str__(self) -> str:
@@ -138,7 +139,7 @@ class GatedDeltaNet(SequenceMixer):
         o = gated_delta_rule(q / |q|, k / |k|, v, g, beta)
         y = w_out(rms_norm(o) * silu(w_g x))
 
-    It needs no extra package. fla's kernels are used where they work: see :meth:`choose_rule`.
+    It needs no extra package, and uses what kernels there are: see :meth:`choose_rule`.
 
     :param d_model: The model hidden size.
     :param n_heads: The number of attention heads.
@@ -238,21 +239,27 @@ class GatedDeltaNet(SequenceMixer):
         projected = [w(x) for w in (self.w_q, self.w_k, self.w_v)]
         if self.kv_cache_manager is None:
             q, k, v = self._convolve(projected, cu_doc_lens)
-            rule = self.choose_rule(q).function
+            rule = self.choose_rule(q, v).function
             out, _ = rule(q, k, v, g, beta, cu_doc_lens=cu_doc_lens, normalize_qk=True)
         else:
             out = self._decode(projected, g, beta, self.kv_cache_manager)
         y: Tensor = self.w_out(self._gated_norm(out, self.w_g(x)))
         return y if padding is None else y.masked_fill(padding.unsqueeze(-1), 0)
 
-    def choose_rule(self, q: Tensor) -> RuleChoice:
-        """The implementation of the gated delta rule for queries like ``q``, with the reason."""
+    def choose_rule(self, q: Tensor, v: Tensor) -> RuleChoice:
+        """The implementation of the gated delta rule for inputs like ``q`` and ``v``, and why.
+
+        The kernels of this library where they can serve, else fla's where those work, else torch.
+        """
         if torch.compiler.is_compiling():
-            return RuleChoice("torch", "fla's kernels break a compiled graph")
+            return RuleChoice("torch", "one op of a compiled graph, which runs what suits it")
+        refused = triton_refusal(q, v)
+        if refused is None:
+            return RuleChoice("triton", "its kernels serve these inputs here")
         if q.dtype not in (torch.bfloat16, torch.float16):
-            return RuleChoice("torch", f"fla would compute {q.dtype} in low precision")
+            return RuleChoice("torch", refused)
         usable, reason = fla_usable(q.device, group=self.n_v_heads // self.n_heads)
-        return RuleChoice("fla" if usable else "torch", reason)
+        return RuleChoice("fla", reason) if usable else RuleChoice("torch", f"{refused}; {reason}")
 
     def _gates(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """The log decays g and the step sizes beta (B, T, HV), in float32 at least."""

@@ -31,7 +31,10 @@ needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 SLACK = 1.5 if DEVICE == "cuda" else 4.0
 # Each example may compile two kernels.
 few = settings(max_examples=12, phases=[Phase.explicit, Phase.generate])
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
 
 
 def table(rows: int, rotary_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -263,12 +266,9 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
 
 def test_supported_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.ones(1, 1, 2, 8)
-    monkeypatch.setattr(rope_qk_norm, "_HAS_TRITON", False)
-    assert "pip install triton" in str(supported(q, q))
-    monkeypatch.setattr(rope_qk_norm, "_HAS_TRITON", True)
-    monkeypatch.setattr(rope_qk_norm, "_INTERPRETED", False)
-    assert "these are on cpu" in str(supported(q, q))
-    monkeypatch.setattr(rope_qk_norm, "_INTERPRETED", True)
+    monkeypatch.setattr(rope_qk_norm, "triton_refusal", lambda x: f"not on {x.device.type}")
+    assert "not on cpu" in str(supported(q, q))
+    monkeypatch.setattr(rope_qk_norm, "triton_refusal", lambda x: None)
     assert supported(q, q) is None
     assert "float64" in str(supported(q.double(), q.double()))
     assert "even" in str(supported(q[..., :7], q[..., :7]))

@@ -12,12 +12,12 @@ synchronisation, and one CUDA graph serves all lengths.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 
 import torch
 from torch import Tensor
+
+from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
 
 __all__ = ["MAX_QUERIES", "decode", "supported"]
 
@@ -28,8 +28,6 @@ _MAX_SPLITS = 64
 _MIN_SHARE = 256  # slots: below that, merging costs more than it wins
 _PROGRAMS_PER_SM = 2  # resident at once: limited by the shared memory of the pipelined loads
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 
 
@@ -39,10 +37,8 @@ def supported(q: Tensor, k_cache: Tensor) -> str | None:
     :param q: ``(B, Tq, H, D)``.
     :param k_cache: ``(B, S, Hkv, D)``.
     """
-    if not _HAS_TRITON:
-        return "triton is not installed: pip install triton"
-    if not (q.is_cuda or _INTERPRETED):
-        return f"the kernel runs on CUDA tensors, these are on {q.device.type}"
+    if (reason := triton_refusal(q)) is not None:
+        return reason
     if q.dtype not in _DTYPES or k_cache.dtype != q.dtype:
         return f"q and the cache must share a dtype of {_DTYPES}, got {q.dtype}, {k_cache.dtype}"
     if q.shape[3] > _MAX_HEAD_DIM:

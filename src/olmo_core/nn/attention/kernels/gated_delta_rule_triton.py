@@ -8,8 +8,6 @@ inverse of a chunk is float32.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import replace
 from functools import cache
 
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from .gated_delta_rule_chunks import ChunkGrid
 from .gated_delta_rule_forward import Saved
+from .triton_driver import INTERPRETED, triton_refusal
 
 __all__ = ["saved_like", "supported", "triton_backward", "triton_forward"]
 
@@ -25,8 +24,6 @@ _CHUNK = 64  # tokens: the row count of one tensor core instruction
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_KEY_DIM = 256
 _MAX_ROWS = 65535  # programs along a grid's second dimension
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def supported(q: Tensor, v: Tensor) -> str | None:
@@ -37,37 +34,29 @@ def supported(q: Tensor, v: Tensor) -> str | None:
     :param q: ``(B, T, H, K)``.
     :param v: ``(B, T, HV, V)``.
     """
-    if not _HAS_TRITON:
-        return "triton is not installed: pip install triton"
+    if (reason := triton_refusal(q)) is not None:
+        return reason
     if q.dtype not in _DTYPES:
         return f"the kernels take bfloat16 and float16, not {q.dtype}"
-    if _INTERPRETED and q.dtype == torch.bfloat16:
+    if INTERPRETED and q.dtype == torch.bfloat16:
         return "Triton's interpreter has no bfloat16 products"
-    if not (q.is_cuda or _INTERPRETED):
-        return f"the kernels run on CUDA tensors, these are on {q.device.type}"
     if q.shape[3] > _MAX_KEY_DIM:
         return f"key_dim is at most {_MAX_KEY_DIM}, not {q.shape[3]}"
     if q.shape[0] * v.shape[2] > _MAX_ROWS:
         return f"batch x value heads is at most {_MAX_ROWS}, not {q.shape[0]} x {v.shape[2]}"
     if not (q.shape[0] and q.shape[1]):
         return f"there are no tokens in {tuple(q.shape)}"
-    return None if _INTERPRETED else _device_reason(q.device)
+    return None if INTERPRETED else _device_reason(q.device)
 
 
 @cache
 def _device_reason(device: torch.device) -> str | None:
-    """Why not this GPU. Triton needs a C compiler, the driver's library, and a GPU with the matrix
-    instructions and shared memory that the blocks were chosen for: others compile to slow code."""
-    import triton
-
-    capability = torch.cuda.get_device_capability(device)
-    if capability[0] != 9:
-        return f"the kernels are for compute capability 9, {device} has {capability}"
-    try:
-        triton.runtime.driver.active.get_current_device()
-    except Exception as error:
-        return f"Triton finds no working driver: {type(error).__name__}: {error}"
-    return None
+    """Why not this GPU. Blocks were chosen for Hopper's matrix instructions and shared memory:
+    elsewhere they do not compile, or to slow code."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 9:
+        return None
+    return f"the kernels are for compute capability 9, {device} has {major}.{minor}"
 
 
 def saved_like(q: Tensor, v: Tensor) -> Saved:

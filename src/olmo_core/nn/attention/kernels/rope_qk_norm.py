@@ -16,8 +16,6 @@ differentiable any number of times.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -28,13 +26,12 @@ from olmo_core.nn.attention.kernels.registration import (
     refuse_second_derivative,
     register_differentiable,
 )
+from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_reference", "rope_only", "row_stat", "supported"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_ROW = 32768  # elements of one token's heads that a program can hold in registers
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 _CALL: dict[str, Callable[..., Any]] = {}
 
@@ -46,10 +43,8 @@ def supported(q: Tensor, k: Tensor, *, rotary_dim: int | None = None) -> str | N
     :param k: ``(B, T, Hkv, D)``.
     :param rotary_dim: Width of the RoPE table, if there is one.
     """
-    if not _HAS_TRITON:
-        return "triton is not installed: pip install triton"
-    if not (q.is_cuda or _INTERPRETED):
-        return f"the kernels run on CUDA tensors, these are on {q.device.type}"
+    if (reason := triton_refusal(q)) is not None:
+        return reason
     if q.dtype not in _DTYPES or k.dtype not in _DTYPES:
         return f"the kernels compute in float32 and take no {q.dtype}"
     if q.shape[3] % 2 or (rotary_dim is not None and rotary_dim % 2):

@@ -1,0 +1,45 @@
+"""Whether Triton's kernels run here: asked before each launch, so the answer is kept."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from olmo_core.utils import compile_time_constant
+
+__all__ = ["INTERPRETED", "triton_refusal"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, on any device. Read once, as Triton reads it."""
+
+
+def triton_refusal(x: Tensor) -> str | None:
+    """Why Triton can't run a kernel on ``x``, or None if it can."""
+    if not (x.is_cuda or INTERPRETED):
+        return f"Triton's kernels run on CUDA tensors, not on {x.device.type}"
+    return _failure()
+
+
+@compile_time_constant
+def _failure() -> str | None:
+    return _try_driver()
+
+
+@cache
+def _try_driver() -> str | None:
+    """Triton needs the driver's library and a C compiler, and says so when it first launches."""
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if INTERPRETED:
+        return None
+    import triton
+
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as e:  # whatever is missing, the torch form does not need it
+        lines = str(e).strip().splitlines() or [""]
+        return f"Triton finds no working driver: {type(e).__name__}: {lines[0][:200]}"
+    return None
