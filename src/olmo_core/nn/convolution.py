@@ -7,7 +7,7 @@ tokens back; its weights are ``weight[:, 0, k - 1 - lag]``, as in ``torch.nn.Con
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.functional import compute_dtype
+from olmo_core.nn.registration import refuse_second_derivative, register_differentiable
 
 __all__ = ["CausalConv1d", "causal_conv1d"]
 
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
+_CALL: dict[str, Callable[..., Any]] = {}
 
 # Floats of a block on a CPU: its k + 2 passes then run in the second-level cache.
 _CPU_BLOCK = 128 << 10
@@ -151,7 +153,7 @@ def causal_conv1d(
     if torch.compiler.is_compiling():
         out = _fusible(flat, weight, bias, cu_doc_lens, silu)
     else:
-        out = torch.ops.olmo_core.causal_conv1d(flat, weight, bias, positions, silu)
+        out = _CALL["causal_conv1d"](flat, weight, bias, positions, silu)
     return out.view(x.shape)
 
 
@@ -300,39 +302,29 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, positions = ctx.saved_tensors  # checkpointing lets them be read once
-    dx, dweight, dbias = torch.ops.olmo_core.causal_conv1d_backward(
-        dy, x, weight, bias, positions, ctx.silu
-    )
+    dx, dweight, dbias = _CALL["causal_conv1d_backward"](dy, x, weight, bias, positions, ctx.silu)
     return dx, dweight, (None if bias is None else dbias), None, None
 
 
-def _refuse(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "causal_conv1d is differentiable once, and a second derivative was asked for. For double "
-        "backward use torch.nn.functional.conv1d with groups."
-    )
+def _forward_fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
 def _register() -> None:
     inputs = "Tensor x, Tensor weight, Tensor? bias, Tensor? positions, bool silu"
     _LIB.define(f"causal_conv1d({inputs}) -> Tensor")
     _LIB.define(f"causal_conv1d_backward(Tensor dy, {inputs}) -> (Tensor, Tensor, Tensor)")
-    _LIB.impl("causal_conv1d", _forward, "CompositeExplicitAutograd")
-    _LIB.impl("causal_conv1d_backward", _backward, "CompositeExplicitAutograd")
-
-    @torch.library.register_fake("olmo_core::causal_conv1d", lib=_LIB)
-    def _(x: Tensor, *_: Any) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    @torch.library.register_fake("olmo_core::causal_conv1d_backward", lib=_LIB)
-    def _(dy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        return dx, torch.empty_like(weight), weight.new_empty(weight.shape[0])
-
-    torch.library.register_autograd(
-        "olmo_core::causal_conv1d", _differentiate, setup_context=_save, lib=_LIB
-    )
-    torch.library.register_autograd("olmo_core::causal_conv1d_backward", _refuse, lib=_LIB)
+    refuse = refuse_second_derivative("causal_conv1d", "torch.nn.functional.conv1d with groups")
+    for name, run, fake, differentiate, save in (
+        ("causal_conv1d", _forward, _forward_fake, _differentiate, _save),
+        ("causal_conv1d_backward", _backward, _backward_fake, refuse, None),
+    ):
+        _CALL[name] = register_differentiable(_LIB, name, run, fake, differentiate, save)
 
 
 _register()

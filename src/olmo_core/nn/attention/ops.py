@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.kernels import get_kernel
-from olmo_core.nn.attention.kernels.registration import (
+from olmo_core.nn.attention.segments import Segments
+from olmo_core.nn.registration import (
     cast_for_autocast,
     refuse_second_derivative,
     register_differentiable,
 )
-from olmo_core.nn.attention.segments import Segments
 
 __all__ = ["attend"]
 
@@ -161,17 +161,17 @@ def _register() -> None:
     seeded = (torch.Tag.nondeterministic_seeded,)
     for name, tags in (("attend", ()), ("attend_dropout", seeded)):
         _LIB.define(f"{name}(Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> {outputs}", tags=tags)
-        _LIB.impl(name, _forward, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"olmo_core::{name}", _forward_fake, lib=_LIB)
-        _CALL[name] = register_differentiable(_LIB, name, _forward, _differentiate, _save)
+        _CALL[name] = register_differentiable(
+            _LIB, name, _forward, _forward_fake, _differentiate, _save
+        )
     _LIB.define(
         "attend_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
         f"Tensor rng, {_PROBLEM}) -> {outputs}"
     )
-    _LIB.impl("attend_backward", _backward, "CompositeExplicitAutograd")
-    torch.library.register_fake("olmo_core::attend_backward", _backward_fake, lib=_LIB)
     refuse = refuse_second_derivative("attend", "torch's matmul and softmax")
-    _CALL["attend_backward"] = register_differentiable(_LIB, "attend_backward", _backward, refuse)
+    _CALL["attend_backward"] = register_differentiable(
+        _LIB, "attend_backward", _backward, _backward_fake, refuse
+    )
 
 
 _register()

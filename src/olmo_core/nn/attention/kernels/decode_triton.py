@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
+from olmo_core.nn.registration import on_its_device
 
 __all__ = ["MAX_QUERIES", "decode", "supported"]
 
@@ -136,5 +137,5 @@ _LIB.define(
     "SymInt window) -> Tensor"
 )
 for _key in ("CPU", "CUDA"):  # on the CPU only under Triton's interpreter
-    _LIB.impl("decode", _decode, _key)
+    _LIB.impl("decode", on_its_device(_decode), _key)
 torch.library.register_fake("olmo_core::decode", _decode_fake, lib=_LIB)

@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.lengths import check_cu_doc_lens
+from olmo_core.nn.registration import (
+    cast_for_autocast,
+    refuse_second_derivative,
+    register_differentiable,
+)
 
 from .gated_delta_rule_backward import chunked_backward
 from .gated_delta_rule_chunks import QK_NORM_EPS, ChunkGrid, accumulation_dtype
 from .gated_delta_rule_forward import Saved, chunked_forward
 from .gated_delta_rule_triton import saved_like, supported, triton_backward, triton_forward
-from .registration import cast_for_autocast, refuse_second_derivative, register_differentiable
 
 __all__ = ["gated_delta_rule", "gated_delta_rule_step_", "normalize"]
 
@@ -324,9 +328,7 @@ def _register() -> None:
         ("gated_delta_rule", _forward, _forward_fake, _differentiate, _save),
         ("gated_delta_rule_backward", _backward, _backward_fake, refuse, None),
     ):
-        _LIB.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"olmo_core::{name}", fake, lib=_LIB)
-        _CALL[name] = register_differentiable(_LIB, name, run, differentiate, save)
+        _CALL[name] = register_differentiable(_LIB, name, run, fake, differentiate, save)
 
 
 _register()

@@ -22,11 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.registration import (
-    refuse_second_derivative,
-    register_differentiable,
-)
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
+from olmo_core.nn.registration import refuse_second_derivative, register_differentiable
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_reference", "rope_only", "row_stat", "supported"]
 
@@ -393,10 +390,7 @@ def _register() -> None:
         ("rope", _rope, _rope_fake, _rope_differentiate, _rope_save),
     )
     for name, run, fake, differentiate, save in ops:
-        for key in both:
-            _LIB.impl(name, run, key)
-        torch.library.register_fake(f"olmo_core::{name}", fake, lib=_LIB)
-        _CALL[name] = register_differentiable(_LIB, name, run, differentiate, save)
+        _CALL[name] = register_differentiable(_LIB, name, run, fake, differentiate, save, keys=both)
 
 
 _register()

@@ -8,31 +8,46 @@ through the dispatcher only where somebody listens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["cast_for_autocast", "refuse_second_derivative", "register_differentiable"]
+__all__ = [
+    "cast_for_autocast",
+    "on_its_device",
+    "refuse_second_derivative",
+    "register_differentiable",
+]
 
 
 def register_differentiable(
     lib: torch.library.Library,
     name: str,
     implementation: Callable[..., Any],
+    fake: Callable[..., Any],
     differentiate: Callable[..., Any],
     save: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    *,
+    keys: Sequence[str] = ("CompositeExplicitAutograd",),
 ) -> Callable[..., Any]:
-    """Give an op its gradient, and make the function to call it by.
+    """Implement an op, give it its gradient, and make the function to call it by.
 
-    :param lib: The library that defined it and registered ``implementation`` and a fake.
+    :param lib: The library that defined it.
     :param name: Without the namespace.
-    :param implementation: What the op runs on plain tensors, whatever their device.
+    :param implementation: What the op runs on plain tensors, with its first one's device current.
+    :param fake: The same for tensors without data.
     :param differentiate: ``(ctx, *output_gradients) -> input_gradients``.
     :param save: ``(ctx, inputs, outputs)``, which keeps what ``differentiate`` needs.
+    :param keys: The dispatch keys that ``implementation`` serves.
     :returns: The op as a function of positional arguments.
     """
+    implementation = on_its_device(implementation)
+    for key in keys:
+        lib.impl(name, implementation, key)
+    torch.library.register_fake(f"{lib.ns}::{name}", fake, lib=lib)
     op = getattr(getattr(torch.ops, lib.ns), name).default
 
     def below_autograd(*inputs: Any) -> Any:
@@ -67,6 +82,20 @@ def register_differentiable(
 
     lib.impl(name, with_autograd, "Autograd")
     return call
+
+
+def on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the device of the first argument current: kernels launched from Python run on that."""
+
+    @functools.wraps(implementation)
+    def run(*inputs: Any) -> Any:
+        x: Tensor = inputs[0]
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return implementation(*inputs)
+        with torch.cuda.device(x.device):
+            return implementation(*inputs)
+
+    return run
 
 
 def refuse_second_derivative(name: str, instead: str) -> Callable[..., Any]:
