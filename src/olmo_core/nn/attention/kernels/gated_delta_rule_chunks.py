@@ -119,10 +119,9 @@ class ChunkGrid:
         """The inverse of :meth:`pad`, for a contiguous x."""
         return x[:, self.padding :].clone() if self.padding else x
 
-    def view(self, x: Tensor, block: slice) -> Tensor:
-        """A block of a padded x (B, N*C, heads, D) as a view (n, B, heads, C, D)."""
-        tokens = x[:, block.start * self.chunk : block.stop * self.chunk]
-        return tokens.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
+    def chunked(self, x: Tensor) -> Tensor:
+        """A padded x (B, N*C, heads, D) as a view (N, B, heads, C, D)."""
+        return x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
 
     def gates(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x (B, T, HV) as a contiguous (N, R, C)."""
@@ -158,10 +157,9 @@ class Decays:
     sums are exponentiated, and float32 would leave 1e-4 of them at g = -80."""
     mask: Tensor
     """(C, C) or (N, 1, C, C): 1 where a position sees another, 0 where it does not."""
-    from_start: Tensor
-    """(N, R, C): of the incoming state at each position."""
-    to_end: Tensor
-    """(N, R, C): of each position's write in the outgoing state."""
+    reach: Tensor
+    """(N, R, 2, C): of the incoming state at each position; of each position's write in the
+    outgoing state."""
     whole: Tensor
     """(N, R, 1, 1): of the incoming state in the outgoing one."""
 
@@ -182,7 +180,11 @@ class Decays:
             whole = whole * (ids[:, -1:] == before).unsqueeze(1)
             hidden = (hidden | (ids.unsqueeze(-1) != ids.unsqueeze(-2))).unsqueeze(1)
         mask = hidden.logical_not().to(dtype)
-        return Decays(log, mask, from_start, to_end, whole.unsqueeze(-1))
+        return Decays(log, mask, torch.stack((from_start, to_end), 2), whole.unsqueeze(-1))
+
+    @property
+    def from_start(self) -> Tensor:
+        return self.reach[:, :, 0]
 
     def pairwise(self, block: slice, out: Tensor) -> Tensor:
         """
