@@ -28,10 +28,9 @@ from torch import Tensor
 from .gated_delta_rule_chunks import ChunkGrid, Decays, Workspace, accumulation_dtype
 from .gated_delta_rule_forward import (
     Saved,
-    erasing_keys,
     load_queries_keys,
     query_key_factors,
-    reaching,
+    readers_writers,
     scores,
 )
 
@@ -93,7 +92,6 @@ class _Problem:
     k: Tensor
     v: Tensor
     betas: Tensor
-    erasing: Tensor
     decays: Decays
     factors: tuple[Tensor | float, Tensor | float]
     saved: Saved
@@ -115,17 +113,14 @@ class _Problem:
     ) -> _Problem:
         grid = ChunkGrid.of(q, v)
         dtype = accumulation_dtype(q.dtype)
-        betas = grid.gates(beta, dtype)
-        decays = Decays.of(grid, g, cu_doc_lens, dtype)
         return _Problem(
             grid=grid,
             dtype=dtype,
             q=grid.chunked(grid.pad(q)),
             k=grid.chunked(grid.pad(k)),
             v=grid.chunked(grid.pad(v)),
-            betas=betas,
-            erasing=betas * decays.from_start,
-            decays=decays,
+            betas=grid.gates(beta, dtype),
+            decays=Decays.of(grid, g, cu_doc_lens, dtype),
             factors=query_key_factors(grid, q, k, scale, normalize_qk),
             saved=saved,
             scale=scale,
@@ -143,7 +138,8 @@ class _Block:
         self.p, self.grid, self.block, self.work = problem, grid, block, p.work
         self.n, self.rows = n, (n, R, C)
         self.beta = p.betas[block].unsqueeze(-1)
-        self.reach = p.decays.reach[block].unsqueeze(-1)
+        self.from_start = p.decays.from_start[block].unsqueeze(-1)
+        self.to_end = p.decays.to_end[block].unsqueeze(-1)
         self.whole = p.decays.whole[block]
         self.states, self.updates = p.saved.states[block], p.saved.updates[block]
         self.qk = load_queries_keys(grid, p.q, p.k, p.factors, block, p.work)
@@ -152,7 +148,8 @@ class _Block:
         # dO and -dX side by side: one GEMM multiplies both by U^T, one by S^T. The sign makes
         # dA and the state's part of dK come out right without a pass over them.
         self.douts = p.work("dO, -dX", n, R, 2, C, V)
-        self.dx = p.work("dX", n, R, C, V)
+        # dX itself, until the first product of two tensors takes its memory.
+        self.dx = p.work("products", n, R, C, V)
         # The gradients of this block's incoming states, and of its outgoing one.
         self.dstates = p.work("dstates", n + 1, R, grid.key_dim, V)
 
@@ -165,27 +162,28 @@ class _Block:
 
         du = self.work("dU", n, R, C, grid.value_dim)
         torch.bmm(self.scores[:, :, 0].flatten(0, 1).transpose(1, 2), do, out=du.flatten(0, 1))
-        reads, writes = reaching(grid, self.qk, self.p.decays.reach[self.block], self.work).unbind(
-            2
+        readers, writers, erasers = readers_writers(
+            grid, self.qk, self.p.decays, self.p.betas, self.block, self.work
         )
-        w = erasing_keys(grid, self.qk, inverses, self.p.erasing[self.block], self.work)
+        w = self.work("w", *erasers.shape)
+        torch.bmm(inverses, erasers.flatten(0, 1), out=w.flatten(0, 1))
         dstates = self.dstates
-        torch.bmm(reads.flatten(0, 1).transpose(1, 2), do, out=dstates[:-1].flatten(0, 1))
+        torch.bmm(readers.flatten(0, 1).transpose(1, 2), do, out=dstates[:-1].flatten(0, 1))
         dstates[-1].copy_(dstate)
 
         chunks = dstates.unbind(0)
         steps = zip(
             du.unbind(0),
-            writes.unbind(0),
+            writers.unbind(0),
             w.transpose(-1, -2).unbind(0),
             self.whole.unbind(0),
             chunks[1:],
             chunks[:-1],
             strict=True,
         )
-        for u, write, erase, decay, after, before in reversed(list(steps)):
-            u.baddbmm_(write, after)
-            before.baddbmm_(erase, u, alpha=-1).addcmul_(after, decay)
+        for u, writer, w_transposed, decay, after, before in reversed(list(steps)):
+            u.baddbmm_(writer, after)
+            before.baddbmm_(w_transposed, u, alpha=-1).addcmul_(after, decay)
         dx = self.dx.flatten(0, 1)
         torch.bmm(inverses.transpose(1, 2), du.flatten(0, 1), out=dx)
         torch.neg(self.dx, out=self.douts[:, :, 1])
@@ -202,7 +200,7 @@ class _Block:
     def queries_keys_gradients(self, dq: Tensor, dk: Tensor, dlog: Tensor, dbeta: Tensor) -> None:
         """Writes dQ and dK (n, B, H, C, K) of the op's inputs and that of c (n, R, C), and
         completes beta's."""
-        grid, (n, R, C), K = self.grid, self.rows, self.grid.key_dim
+        grid, (n, _, C), K = self.grid, self.rows, self.grid.key_dim
         groups = (n, grid.key_rows, grid.group)
         qk = self.qk.view(n, grid.key_rows, 1, 2, C, K)
         dscores, own, by_rows, by_columns = self._score_gradients()
@@ -242,7 +240,7 @@ class _Block:
         the gradient of c does so.
         """
         n, R, C = self.rows
-        dscores = self.work("dP, dA", n, R, 2, C, C)
+        dscores = self.work("raw scores", n, R, 2, C, C)
         updates = self.updates.flatten(0, 1).transpose(1, 2)
         torch.bmm(self.douts.view(n * R, 2 * C, -1), updates, out=dscores.view(n * R, 2 * C, C))
         products = self.scores.mul_(dscores)
@@ -262,15 +260,15 @@ class _Block:
         grads = self.work("grads", n, R, 2, C, self.grid.key_dim)
         states = self.states.flatten(0, 1).transpose(1, 2)
         torch.bmm(self.douts.view(n * R, 2 * C, -1), states, out=grads.view(n * R, 2 * C, -1))
-        return grads.mul_(self.reach[:, :, :1])
+        return grads.mul_(self.from_start.unsqueeze(2))
 
     def _writer_state_gradients(self) -> Tensor:
         """What writing to the outgoing state gives dK (n, R, C, K)."""
         n, R, C = self.rows
-        dk = self.work("dK", n, R, C, self.grid.key_dim)
+        dk = self.work("w", n, R, C, self.grid.key_dim)
         dstates = self.dstates[1:].flatten(0, 1).transpose(1, 2)
         torch.bmm(self.updates.flatten(0, 1), dstates, out=dk.flatten(0, 1))
-        return dk.mul_(self.reach[:, :, 1])
+        return dk.mul_(self.to_end)
 
     def _add_token_gradients(self, dscores: Tensor, grads: Tensor, dk_writes: Tensor) -> None:
         """Complete ``grads`` with what other tokens of the chunk give, and with ``dk_writes``."""
@@ -289,11 +287,11 @@ class _Block:
     def _dot(self, x: Tensor, y: Tensor) -> Tensor:
         """<x, y> over K: x (n, R, ..., C, K) with y (n, B * H, 1, ..., C, K)."""
         grouped = x.view(self.n, self.grid.key_rows, self.grid.group, *x.shape[2:])
-        product = self.work(f"dot {x.dim()}", *grouped.shape)
+        product = self.work("products", *grouped.shape)
         return torch.mul(grouped, y, out=product).sum(-1).view(x.shape[:-1])
 
     def _decay_gradient(self) -> Tensor:
         """e^(c_C) <S, dS'>, what the chunk's whole decay gets (n, R)."""
-        product = self.work("states dot", *self.states.shape)
+        product = self.work("products", *self.states.shape)
         dot = torch.mul(self.states, self.dstates[1:], out=product).sum((-1, -2))
         return dot.mul_(self.whole.view(dot.shape))

@@ -11,6 +11,7 @@ Legend of shapes, used by all ``gated_delta_rule*`` files:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -157,9 +158,10 @@ class Decays:
     sums are exponentiated, and float32 would leave 1e-4 of them at g = -80."""
     mask: Tensor
     """(C, C) or (N, 1, C, C): 1 where a position sees another, 0 where it does not."""
-    reach: Tensor
-    """(N, R, 2, C): of the incoming state at each position; of each position's write in the
-    outgoing state."""
+    from_start: Tensor
+    """(N, R, C): of the incoming state at each position."""
+    to_end: Tensor
+    """(N, R, C): of each position's write in the outgoing state."""
     whole: Tensor
     """(N, R, 1, 1): of the incoming state in the outgoing one."""
 
@@ -180,11 +182,7 @@ class Decays:
             whole = whole * (ids[:, -1:] == before).unsqueeze(1)
             hidden = (hidden | (ids.unsqueeze(-1) != ids.unsqueeze(-2))).unsqueeze(1)
         mask = hidden.logical_not().to(dtype)
-        return Decays(log, mask, torch.stack((from_start, to_end), 2), whole.unsqueeze(-1))
-
-    @property
-    def from_start(self) -> Tensor:
-        return self.reach[:, :, 0]
+        return Decays(log, mask, from_start, to_end, whole.unsqueeze(-1))
 
     def pairwise(self, block: slice, out: Tensor) -> Tensor:
         """
@@ -199,7 +197,11 @@ class Decays:
 
 
 class Workspace:
-    """Named scratch tensors of a block's size, allocated once and cut for a shorter block."""
+    """Named scratch of a block's size, allocated once and cut for a shorter block.
+
+    A name can serve several shapes in turn: little scratch stays in the cache, and on a CPU each
+    new page of it costs the system 2 microseconds, half a GEMM of this size.
+    """
 
     def __init__(self, grid: ChunkGrid, dtype: torch.dtype, device: torch.device) -> None:
         self._block = grid.block
@@ -208,11 +210,13 @@ class Workspace:
 
     def __call__(self, name: str, n: int, *shape: int) -> Tensor:
         """An uninitialised contiguous (n, *shape); the same memory for each call of this name."""
-        if name not in self._tensors:
-            # One more than a block: its n chunks have n + 1 states.
-            size = (self._block + 1, *shape)
-            self._tensors[name] = torch.empty(size, dtype=self._dtype, device=self._device)
-        return self._tensors[name][:n]
+        each = math.prod(shape)
+        flat = self._tensors.get(name)
+        if flat is None or flat.numel() < n * each:
+            size = max(n, self._block) * each
+            flat = torch.empty(size, dtype=self._dtype, device=self._device)
+            self._tensors[name] = flat
+        return flat[: n * each].view(n, *shape)
 
 
 def invert_unit_lower(a: Tensor) -> Tensor:

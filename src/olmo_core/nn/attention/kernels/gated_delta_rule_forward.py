@@ -32,10 +32,9 @@ from .gated_delta_rule_chunks import (
 __all__ = [
     "Saved",
     "chunked_forward",
-    "erasing_keys",
     "load_queries_keys",
     "query_key_factors",
-    "reaching",
+    "readers_writers",
     "scores",
 ]
 
@@ -81,7 +80,6 @@ def chunked_forward(
     work = Workspace(grid, dtype, q.device)
     decays = Decays.of(grid, g, cu_doc_lens, dtype)
     betas = grid.gates(beta, dtype)
-    erasing = betas * decays.from_start
     factors = query_key_factors(grid, q, k, scale, normalize_qk)
     q, k, v = (grid.chunked(grid.pad(x)) for x in (q, k, v))
 
@@ -110,17 +108,18 @@ def chunked_forward(
         inverses = invert_unit_lower(torch.mul(system, beta, out=gamma).flatten(0, 1))
         if saved:
             saved.inverses[block].copy_(inverses.view(n, R, C, C))
+        readers, writers, erasers = readers_writers(grid, qk, decays, betas, block, work)
 
         values = work("values", n, grid.batch, grid.value_heads, C, V)
         torch.mul(v[block], beta.view(*values.shape[:-1], 1), out=values)
         torch.bmm(inverses, values.view(n * R, C, V), out=updates.flatten(0, 1))
-        w = erasing_keys(grid, qk, inverses, erasing[block], work)
-        reads, writes = reaching(grid, qk, decays.reach[block], work).unbind(2)
-        state = _scan(w, writes, decays.whole[block], updates, states, state)
+        w = work("w", n, R, C, K)
+        torch.bmm(inverses, erasers.flatten(0, 1), out=w.flatten(0, 1))
+        state = _scan(w, writers, decays.whole[block], updates, states, state)
 
         inner = values.view(n * R, C, V)
         torch.bmm(attention.flatten(0, 1), updates.flatten(0, 1), out=inner)
-        inner.baddbmm_(reads.flatten(0, 1), states.flatten(0, 1))
+        inner.baddbmm_(readers.flatten(0, 1), states.flatten(0, 1))
         outs[block].copy_(values)
 
     final = state.view(grid.batch, grid.value_heads, K, V)
@@ -174,33 +173,25 @@ def scores(grid: ChunkGrid, qk: Tensor, gamma: Tensor, work: Workspace) -> Tenso
     return gated.view(n, grid.rows, 2, C, C)
 
 
-def erasing_keys(
-    grid: ChunkGrid, qk: Tensor, inverses: Tensor, erasing: Tensor, work: Workspace
-) -> Tensor:
-    """W (n, R, C, K), from T (n * R, C, C) and beta e^c (n, R, C).
-
-    The factors go to T's columns, which are fewer, and K serves a whole group.
-    """
-    n, C, K = qk.shape[0], grid.chunk, grid.key_dim
-    columns = erasing.view(-1, 1, C)
-    scaled = torch.mul(inverses, columns, out=work("inverses", n, grid.rows, C, C).flatten(0, 1))
-    w = work("w", n, grid.rows, C, K)
-    grouped = (n * grid.key_rows, grid.group * C, -1)
-    torch.bmm(scaled.view(grouped), qk[:, :, :, 1].flatten(0, 2), out=w.view(grouped))
-    return w
-
-
-def reaching(grid: ChunkGrid, qk: Tensor, reach: Tensor, work: Workspace) -> Tensor:
-    """``e^c Q`` and ``e^(c_C - c) K``, what reads the incoming state and what writes to the
-    outgoing one, as (n, R, 2, C, K)."""
-    n, rows, G, C, K = qk.shape[0], grid.key_rows, grid.group, grid.chunk, grid.key_dim
-    out = work("reaching", n, rows, G, 2, C, K)
-    torch.mul(qk.view(n, rows, 1, 2, C, K), reach.view(n, rows, G, 2, C, 1), out=out)
-    return out.view(n, grid.rows, 2, C, K)
+def readers_writers(
+    grid: ChunkGrid, qk: Tensor, decays: Decays, betas: Tensor, block: slice, work: Workspace
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What meets a state, each (n, R, C, K): ``e^c Q`` reads the incoming one, ``e^(c_C - c) K``
+    writes to the outgoing one, and ``beta e^c K`` is what T makes W of."""
+    n, G, C, K = qk.shape[0], grid.group, grid.chunk, grid.key_dim
+    q, k = qk.view(n, grid.key_rows, 1, 2, C, K).unbind(3)
+    from_start = decays.from_start[block]
+    factors = from_start, decays.to_end[block], betas[block] * from_start
+    out = []
+    for name, x, factor in zip(("readers", "writers", "erasers"), (q, k, k), factors, strict=True):
+        target = work(name, n, grid.key_rows, G, C, K)
+        torch.mul(x, factor.view(*target.shape[:-1], 1), out=target)
+        out.append(target.view(n, grid.rows, C, K))
+    return out[0], out[1], out[2]
 
 
 def _scan(
-    w: Tensor, writes: Tensor, whole: Tensor, updates: Tensor, states: Tensor, state: Tensor
+    w: Tensor, writers: Tensor, whole: Tensor, updates: Tensor, states: Tensor, state: Tensor
 ) -> Tensor:
     """Complete ``updates``, fill ``states`` with each chunk's incoming one, return the last."""
     last = torch.empty_like(state)
@@ -209,7 +200,7 @@ def _scan(
     # unbind makes all the views in one call: a step is three kernels and nothing else.
     for w_chunk, k, decay, u, before, after in zip(
         w.unbind(0),
-        writes.transpose(-1, -2).unbind(0),
+        writers.transpose(-1, -2).unbind(0),
         whole.unbind(0),
         updates.unbind(0),
         befores,
