@@ -63,9 +63,9 @@ def gemm_floor(tokens: int) -> tuple[float, float]:
     # (rows, inner, columns), chunks per call: scores, W, T V, W S, state, P U, Q S, ...
     forward = [(2 * C, K, C, n), (C, C, K, n), (C, C, V, n), (C, K, V, 1), (K, C, V, 1)]
     forward += [(C, C, V, n), (C, K, V, n)]
-    # ... and in backward scores, P^T dO, Q^T dO, K dS, T^T dU, K^T dX, the rest two by two.
-    backward = [(2 * C, K, C, n), (C, C, V, n), (K, C, V, n), (C, K, V, 1), (C, C, V, 1)]
-    backward += [(K, C, V, 1), (2 * C, V, C, n), (2 * C, V, K, n), (C, V, K, n)]
+    # ... and in backward scores, W, P^T dO, Q^T dO, K dS, W^T dU, T^T dU, the rest two by two.
+    backward = [(2 * C, K, C, n), (C, C, K, n), (C, C, V, n), (K, C, V, n), (C, K, V, 1)]
+    backward += [(K, C, V, 1), (C, C, V, n), (2 * C, V, C, n), (2 * C, V, K, n), (C, V, K, n)]
     backward += [(2 * C, C, K, n), (C, 2 * C, K, n)]
     times = []
     for shapes in (forward, backward):
