@@ -3,8 +3,8 @@
 4 heads, key dim 64, value dim 128, float32, T from 512 to 8192: small matrices, so that passes over
 memory and the launching of operations cost as much as the arithmetic. The floor is the time that
 the GEMMs alone take in this run, measured on buffers of the same shapes. CPU times, medians of 7
-alternating runs. transformers' backward is quadratic: slices in its loop get gradients of full
-size.
+runs that alternate between the rules and go through all lengths: a machine's slow minute then meets
+each of them. transformers' backward is quadratic: slices in its loop get gradients of full size.
 
     python -m benchmarks.gated_delta_rule
 
@@ -31,6 +31,7 @@ from olmo_core.nn.attention.kernels.gated_delta_rule_chunks import ChunkGrid
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 HEADS, KEY_DIM, VALUE_DIM, RUNS = 4, 64, 128, 7
+Times = dict[tuple[int, str, str], list[float]]
 RESULTS = Path(__file__).parent / "results" / "gated_delta_rule_cpu.json"
 
 
@@ -63,9 +64,9 @@ def gemm_floor(tokens: int) -> tuple[float, float]:
     # (rows, inner, columns), chunks per call: scores, W, T V, W S, state, P U, Q S, ...
     forward = [(2 * C, K, C, n), (C, C, K, n), (C, C, V, n), (C, K, V, 1), (K, C, V, 1)]
     forward += [(C, C, V, n), (C, K, V, n)]
-    # ... and in backward scores, P^T dO, Q^T dO, K dS, T^T dU, K^T dX, the rest two by two.
-    backward = [(2 * C, K, C, n), (C, C, V, n), (K, C, V, n), (C, K, V, 1), (C, C, V, 1)]
-    backward += [(K, C, V, 1), (2 * C, V, C, n), (2 * C, V, K, n), (C, V, K, n)]
+    # ... and in backward scores, W, P^T dO, Q^T dO, K dS, W^T dU, T^T dU, the rest two by two.
+    backward = [(2 * C, K, C, n), (C, C, K, n), (C, C, V, n), (K, C, V, n), (C, K, V, 1)]
+    backward += [(K, C, V, 1), (C, C, V, n), (2 * C, V, C, n), (2 * C, V, K, n), (C, V, K, n)]
     backward += [(2 * C, C, K, n), (C, 2 * C, K, n)]
     times = []
     for shapes in (forward, backward):
@@ -95,16 +96,22 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def measure(tokens: int) -> dict[str, float]:
-    x = inputs(tokens)
-    cotangent = torch.randn(1, tokens, HEADS, VALUE_DIM)
-    medians: dict[tuple[str, str], float] = {}
+def measure() -> Times:
+    """Milliseconds of each run, for each length, each of forward and both, and each rule."""
+    rules = rivals()
+    times: Times = {}
     for what in ("forward", "both"):
-        times: dict[str, list[float]] = {}
         for run in range(RUNS + 1):
-            for name, rule in rivals().items():
+            for tokens, (name, rule) in itertools.product(LENGTHS, rules.items()):
+                x = inputs(tokens)
+                cotangent = torch.randn(1, tokens, HEADS, VALUE_DIM)
 
-                def call(rule: Callable[..., Tensor] = rule, what: str = what) -> None:
+                def call(
+                    rule: Callable[..., Tensor] = rule,
+                    x: list[Tensor] = x,
+                    cotangent: Tensor = cotangent,
+                    what: str = what,
+                ) -> None:
                     with torch.set_grad_enabled(what == "both"):
                         out = rule(*x)
                     if what == "both":
@@ -112,24 +119,39 @@ def measure(tokens: int) -> dict[str, float]:
 
                 seconds = _seconds(call)
                 if run:  # the first warms up
-                    times.setdefault(name, []).append(1e3 * seconds)
-        medians |= {(name, what): statistics.median(values) for name, values in times.items()}
+                    times.setdefault((tokens, what, name), []).append(1e3 * seconds)
+    return times
+
+
+def summary(tokens: int, times: Times) -> dict[str, float]:
     row: dict[str, float] = {"T": tokens}
     for what, floor in zip(("forward", "both"), gemm_floor(tokens), strict=True):
-        here, theirs = medians["here", what], medians["transformers", what]
+        here, theirs = (
+            statistics.median(times[tokens, what, name]) for name in ("here", "transformers")
+        )
         row[f"{what}_ms"], row[f"{what}_transformers_ms"] = round(here, 2), round(theirs, 2)
         row[f"{what}_factor"] = round(theirs / here, 2)
         row[f"{what}_floor_share"] = round(floor / here, 2)
     return row
 
 
+def growth(what: str, times: Times) -> list[float]:
+    """Our time over that at half the length: medians of the runs' ratios."""
+    runs = [times[tokens, what, "here"] for tokens in LENGTHS]
+    return [
+        round(statistics.median(b / a for a, b in zip(half, whole, strict=True)), 2)
+        for half, whole in itertools.pairwise(runs)
+    ]
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    times = measure()
     rows = []
     print(f"{'T':>6} {'forward':>9} {'peer':>9} {'x':>6} {'floor':>6}", end="")
     print(f" {'f+b':>9} {'peer':>9} {'x':>6} {'floor':>6}   (ms; floor: share that is GEMM)")
     for tokens in LENGTHS:
-        row = measure(tokens)
+        row = summary(tokens, times)
         rows.append(row)
         print(f"{tokens:6}", end="")
         for what in ("forward", "both"):
@@ -139,16 +161,13 @@ def main() -> None:
                 end="",
             )
         print(flush=True)
-    growth = {
-        what: [round(b[f"{what}_ms"] / a[f"{what}_ms"], 2) for a, b in itertools.pairwise(rows)]
-        for what in ("forward", "both")
-    }
-    print(f"growth per doubling: forward {growth['forward']}, f+b {growth['both']}")
+    growths = {what: growth(what, times) for what in ("forward", "both")}
+    print(f"growth per doubling: forward {growths['forward']}, f+b {growths['both']}")
     result = {
         "benchmark": "gated_delta_rule",
         "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
         "rows": rows,
-        "growth": growth,
+        "growth": growths,
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -257,6 +257,17 @@ def test_a_second_derivative_is_refused() -> None:
         grad.square().sum().backward()
 
 
+def test_kept_scratch_carries_nothing_over() -> None:
+    inputs = make(tokens=300)
+    chunks._KEPT.__dict__.clear()
+    with torch.inference_mode():
+        gated_delta_rule(**{name: torch.full_like(x, float("nan")) for name, x in inputs.items()})
+    run(gated_delta_rule, {name: torch.full_like(x, float("nan")) for name, x in inputs.items()})
+    assert chunks._KEPT.__dict__
+    want = run(gated_delta_rule_reference, inputs)
+    assert_close(run(gated_delta_rule, inputs), want, 1e-12)
+
+
 def test_strided_inputs() -> None:
     """Slices of a fused projection are read where they lie."""
     inputs = make(tokens=70, key_dim=16, value_dim=16)

@@ -29,7 +29,14 @@ from .gated_delta_rule_chunks import (
     invert_unit_lower,
 )
 
-__all__ = ["Saved", "chunked_forward", "load_queries_keys", "query_key_factors", "scaled", "scores"]
+__all__ = [
+    "Saved",
+    "chunked_forward",
+    "load_queries_keys",
+    "query_key_factors",
+    "readers_writers",
+    "scores",
+]
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,12 @@ def chunked_forward(
     decays = Decays.of(grid, g, cu_doc_lens, dtype)
     betas = grid.gates(beta, dtype)
     factors = query_key_factors(grid, q, k, scale, normalize_qk)
-    q, k, v = (grid.pad(x) for x in (q, k, v))
+    q, k, v = (grid.chunked(grid.pad(x)) for x in (q, k, v))
 
     new = q.new_empty
     N, R, C, K, V = grid.chunks, grid.rows, grid.chunk, grid.key_dim, grid.value_dim
     out = new(grid.batch, N * C, grid.value_heads, V, dtype=v.dtype)
+    outs = grid.chunked(out)
     saved = None
     if save:
         saved = Saved(*(new(shape, dtype=dtype) for shape in Saved.shapes(grid)))
@@ -94,22 +102,25 @@ def chunked_forward(
         updates = saved.updates[block] if saved else work("updates", n, R, C, V)
 
         qk = load_queries_keys(grid, q, k, factors, block, work)
-        attention, system = scores(
-            grid, qk, decays.pairwise(block, work("gamma", n, R, C, C)), work
-        )
-        system.mul_(betas[block].unsqueeze(-1))
-        inverses = invert_unit_lower(system.flatten(0, 1))
+        gamma = decays.pairwise(block, work("gamma", n, R, C, C))
+        attention, system = scores(grid, qk, gamma, work).unbind(2)
+        beta = betas[block].unsqueeze(-1)
+        inverses = invert_unit_lower(torch.mul(system, beta, out=gamma).flatten(0, 1))
         if saved:
             saved.inverses[block].copy_(inverses.view(n, R, C, C))
+        readers, writers, erasers = readers_writers(grid, qk, decays, betas, block, work)
 
-        _prepare_updates(grid, qk, v, decays, betas, block, inverses, updates, work)
-        state = _scan(grid, qk, decays, block, updates, states, state, work)
+        values = work("values", n, grid.batch, grid.value_heads, C, V)
+        torch.mul(v[block], beta.view(*values.shape[:-1], 1), out=values)
+        torch.bmm(inverses, values.view(n * R, C, V), out=updates.flatten(0, 1))
+        w = work("w", n, R, C, K)
+        torch.bmm(inverses, erasers.flatten(0, 1), out=w.flatten(0, 1))
+        state = _scan(w, writers, decays.whole[block], updates, states, state)
 
-        read = scaled(grid, qk, 0, decays.from_start[block], work("queries", n, R, C, K))
-        inner = work("out", n, R, C, V)
-        torch.bmm(attention.flatten(0, 1), updates.flatten(0, 1), out=inner.flatten(0, 1))
-        inner.flatten(0, 1).baddbmm_(read.flatten(0, 1), states.flatten(0, 1))
-        grid.view(out, block).copy_(inner.view(n, grid.batch, grid.value_heads, C, V))
+        inner = values.view(n * R, C, V)
+        torch.bmm(attention.flatten(0, 1), updates.flatten(0, 1), out=inner)
+        inner.baddbmm_(readers.flatten(0, 1), states.flatten(0, 1))
+        outs[block].copy_(values)
 
     final = state.view(grid.batch, grid.value_heads, K, V)
     return grid.unpad(out), final, saved
@@ -120,13 +131,15 @@ def query_key_factors(
 ) -> tuple[Tensor | float, Tensor | float]:
     """What queries and keys are multiplied by: scale and, if asked, the inverse of their length.
 
-    Numbers, or tensors (B, N*C, H, 1).
+    Numbers, or tensors (N, B, H, C, 1).
     """
     if not normalize_qk:
         return scale, 1.0
     dtype = accumulation_dtype(q.dtype)
     lengths = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype) for x in (q, k))
-    q_factor, k_factor = (grid.pad(x.square_().add_(QK_NORM_EPS).rsqrt_()) for x in lengths)
+    q_factor, k_factor = (
+        grid.chunked(grid.pad(x.square_().add_(QK_NORM_EPS).rsqrt_())) for x in lengths
+    )
     return q_factor.mul_(scale), k_factor
 
 
@@ -138,89 +151,62 @@ def load_queries_keys(
     block: slice,
     work: Workspace,
 ) -> Tensor:
-    """A block's scaled queries and keys as one (n, B, H, 2, C, K), so that a GEMM serves both."""
+    """
+    A block's scaled queries and keys as one (n, B, H, 2, C, K), so that a GEMM serves both, from
+    :meth:`ChunkGrid.chunked` ones.
+    """
     n = block.stop - block.start
     qk = work("qk", n, grid.batch, grid.key_heads, 2, grid.chunk, grid.key_dim)
-    for i, (x, factor) in enumerate(zip((q, k), factors, strict=True)):
-        if isinstance(factor, Tensor):
-            factor = grid.view(factor, block)
-        torch.mul(grid.view(x, block), factor, out=qk[:, :, :, i])
+    for x, factor, out in zip((q, k), factors, qk.unbind(3), strict=True):
+        torch.mul(x[block], factor[block] if isinstance(factor, Tensor) else factor, out=out)
     return qk
 
 
-def scores(grid: ChunkGrid, qk: Tensor, gamma: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
-    """``Q K^T * Gamma`` and ``K K^T * Gamma``, each (n, R, C, C); both see the diagonal."""
-    n, rows, C = qk.shape[0], grid.key_rows, grid.chunk
-    raw = work("raw scores", n, rows, 2 * C, C)
+def scores(grid: ChunkGrid, qk: Tensor, gamma: Tensor, work: Workspace) -> Tensor:
+    """``Q K^T * Gamma`` and ``K K^T * Gamma`` as (n, R, 2, C, C); both see the diagonal."""
+    n, rows, G, C = qk.shape[0], grid.key_rows, grid.group, grid.chunk
+    raw = work("raw scores", n, rows, 1, 2, C, C)
     keys = qk[:, :, :, 1].flatten(0, 2)
-    torch.bmm(qk.view(n * rows, 2 * C, -1), keys.transpose(1, 2), out=raw.flatten(0, 1))
-    gated = []
-    for name, half in (("attention", raw[:, :, :C]), ("system", raw[:, :, C:])):
-        target = work(name, n, rows, grid.group, C, C)
-        torch.mul(half.unsqueeze(2), gamma.view(target.shape), out=target)
-        gated.append(target.view(gamma.shape))
-    return gated[0], gated[1]
+    torch.bmm(qk.view(n * rows, 2 * C, -1), keys.transpose(1, 2), out=raw.view(-1, 2 * C, C))
+    gated = work("scores", n, rows, G, 2, C, C)
+    torch.mul(raw, gamma.view(n, rows, G, 1, C, C), out=gated)
+    return gated.view(n, grid.rows, 2, C, C)
 
 
-def _prepare_updates(
-    grid: ChunkGrid,
-    qk: Tensor,
-    v: Tensor,
-    decays: Decays,
-    betas: Tensor,
-    block: slice,
-    inverses: Tensor,
-    updates: Tensor,
-    work: Workspace,
-) -> None:
-    """Writes ``T (beta V)`` to ``updates`` and ``W`` to the workspace."""
-    n, R, C, K, V = qk.shape[0], grid.rows, grid.chunk, grid.key_dim, grid.value_dim
-    beta = betas[block]
-    values = work("values", n, grid.batch, grid.value_heads, C, V)
-    torch.mul(grid.view(v, block), beta.view(*values.shape[:-1], 1), out=values)
-    torch.bmm(inverses, values.view(n * R, C, V), out=updates.flatten(0, 1))
-    # T (beta e^c K): its factors go to T's columns, which are fewer, and K serves a whole group.
-    columns = (beta * decays.from_start[block]).view(n * R, 1, C)
-    scaled_inverses = torch.mul(inverses, columns, out=work("inverses", n, R, C, C).flatten(0, 1))
-    keys = qk[:, :, :, 1].flatten(0, 2)
-    w = work("w", n, R, C, K).view(n * grid.key_rows, grid.group * C, K)
-    torch.bmm(scaled_inverses.view(n * grid.key_rows, grid.group * C, C), keys, out=w)
+def readers_writers(
+    grid: ChunkGrid, qk: Tensor, decays: Decays, betas: Tensor, block: slice, work: Workspace
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What meets a state, each (n, R, C, K): ``e^c Q`` reads the incoming one, ``e^(c_C - c) K``
+    writes to the outgoing one, and ``beta e^c K`` is what T makes W of."""
+    n, G, C, K = qk.shape[0], grid.group, grid.chunk, grid.key_dim
+    q, k = qk.view(n, grid.key_rows, 1, 2, C, K).unbind(3)
+    from_start = decays.from_start[block]
+    factors = from_start, decays.to_end[block], betas[block] * from_start
+    out = []
+    for name, x, factor in zip(("readers", "writers", "erasers"), (q, k, k), factors, strict=True):
+        target = work(name, n, grid.key_rows, G, C, K)
+        torch.mul(x, factor.view(*target.shape[:-1], 1), out=target)
+        out.append(target.view(n, grid.rows, C, K))
+    return out[0], out[1], out[2]
 
 
 def _scan(
-    grid: ChunkGrid,
-    qk: Tensor,
-    decays: Decays,
-    block: slice,
-    updates: Tensor,
-    states: Tensor,
-    state: Tensor,
-    work: Workspace,
+    w: Tensor, writers: Tensor, whole: Tensor, updates: Tensor, states: Tensor, state: Tensor
 ) -> Tensor:
     """Complete ``updates``, fill ``states`` with each chunk's incoming one, return the last."""
-    n, R, C, K = qk.shape[0], grid.rows, grid.chunk, grid.key_dim
-    keys = scaled(grid, qk, 1, decays.to_end[block], work("keys", n, R, C, K))
     last = torch.empty_like(state)
     states[0].copy_(state)
+    befores = states.unbind(0)
     # unbind makes all the views in one call: a step is three kernels and nothing else.
-    for u, w, k, decay, before, after in zip(
+    for w_chunk, k, decay, u, before, after in zip(
+        w.unbind(0),
+        writers.transpose(-1, -2).unbind(0),
+        whole.unbind(0),
         updates.unbind(0),
-        work("w", n, R, C, K).unbind(0),
-        keys.transpose(-1, -2).unbind(0),
-        decays.whole[block].unbind(0),
-        states.unbind(0),
-        (*states[1:].unbind(0), last),
+        befores,
+        (*befores[1:], last),
         strict=True,
     ):
-        u.baddbmm_(w, before, alpha=-1)
+        u.baddbmm_(w_chunk, before, alpha=-1)
         torch.mul(before, decay, out=after).baddbmm_(k, u)
     return last
-
-
-def scaled(grid: ChunkGrid, qk: Tensor, which: int, factor: Tensor, out: Tensor) -> Tensor:
-    """Queries (0) or keys (1) with each token multiplied by its value head's factor (n, R, C)."""
-    n, _, C, K = out.shape
-    x = qk[:, :, :, which].unsqueeze(3)
-    target = out.view(n, grid.batch, grid.key_heads, grid.group, C, K)
-    torch.mul(x, factor.view(*target.shape[:-1], 1), out=target)
-    return out
