@@ -20,6 +20,7 @@ __all__ = [
     "on_its_device",
     "refuse_second_derivative",
     "register_differentiable",
+    "register_inference",
 ]
 
 
@@ -44,11 +45,7 @@ def register_differentiable(
     :param keys: The dispatch keys that ``implementation`` serves.
     :returns: The op as a function of positional arguments.
     """
-    implementation = on_its_device(implementation)
-    for key in keys:
-        lib.impl(name, implementation, key)
-    torch.library.register_fake(f"{lib.ns}::{name}", fake, lib=lib)
-    op = getattr(getattr(torch.ops, lib.ns), name).default
+    op, implementation = _implement(lib, name, implementation, fake, keys)
 
     def below_autograd(*inputs: Any) -> Any:
         if _nobody_listens(inputs):
@@ -82,6 +79,39 @@ def register_differentiable(
 
     lib.impl(name, with_autograd, "Autograd")
     return call
+
+
+def register_inference(
+    lib: torch.library.Library,
+    name: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    keys: Sequence[str] = ("CompositeExplicitAutograd",),
+) -> Callable[..., Any]:
+    """:func:`register_differentiable` for an op without a gradient."""
+    op, implementation = _implement(lib, name, implementation, fake, keys)
+
+    def call(*inputs: Any) -> Any:
+        eager = not torch.compiler.is_compiling() and _nobody_listens(inputs)
+        return implementation(*inputs) if eager and not _wants_gradient(inputs) else op(*inputs)
+
+    return call
+
+
+def _implement(
+    lib: torch.library.Library,
+    name: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    keys: Sequence[str],
+) -> tuple[Any, Callable[..., Any]]:
+    """The op, and its implementation as it is registered."""
+    implementation = on_its_device(implementation)
+    for key in keys:
+        lib.impl(name, implementation, key)
+    torch.library.register_fake(f"{lib.ns}::{name}", fake, lib=lib)
+    return getattr(getattr(torch.ops, lib.ns), name).default, implementation
 
 
 def on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,12 +13,13 @@ synchronisation, and one CUDA graph serves all lengths.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
-from olmo_core.nn.registration import on_its_device
+from olmo_core.nn.attention.kernels.triton_driver import multiprocessors, triton_refusal
+from olmo_core.nn.registration import register_inference
 
 __all__ = ["MAX_QUERIES", "decode", "supported"]
 
@@ -78,9 +79,11 @@ def decode(
     :param window: How many slots a query sees at most, its own included; -1 for all.
     :returns: ``(B, Tq, H, D)``, contiguous.
     """
-    return torch.ops.olmo_core.decode(q, k_cache, v_cache, starts, ends, scale, window)
+    out: Tensor = _decode_op(q, k_cache, v_cache, starts, ends, scale, window)
+    return out
 
 
+@lru_cache(maxsize=256)
 def n_splits(programs: int, n_slots: int, multiprocessors: int) -> int:
     """Shares of the slots: the fewest that come within 5% of the best use of the GPU.
 
@@ -110,9 +113,7 @@ def _decode(
     q, k_cache, v_cache = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache)
     )
-    sms = 1
-    if q.is_cuda:
-        sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+    sms = multiprocessors(q.device)
     n_slots = k_cache.shape[1] if window < 0 else min(k_cache.shape[1], window + q.shape[1] - 1)
     splits = n_splits(k_cache.shape[0] * k_cache.shape[2], n_slots, sms)
     return launch(
@@ -136,6 +137,5 @@ _LIB.define(
     "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor starts, Tensor ends, float scale, "
     "SymInt window) -> Tensor"
 )
-for _key in ("CPU", "CUDA"):  # on the CPU only under Triton's interpreter
-    _LIB.impl("decode", on_its_device(_decode), _key)
-torch.library.register_fake("olmo_core::decode", _decode_fake, lib=_LIB)
+# On the CPU only under Triton's interpreter.
+_decode_op = register_inference(_LIB, "decode", _decode, _decode_fake, keys=("CPU", "CUDA"))

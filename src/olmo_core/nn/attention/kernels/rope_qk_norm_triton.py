@@ -13,13 +13,15 @@ Memory sets the pace. For q and k of ``n`` bytes together, forward moves ``2 n``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from olmo_core.nn.attention.kernels.triton_driver import multiprocessors
 
 __all__ = ["launch_backward", "launch_forward"]
 
@@ -337,7 +339,7 @@ def launch_backward(
     sizes, block_q, block_k = _sizes(*q.shape[2:], k.shape[2], rotary_dim, per_head)
     programs_q, programs_k = triton.cdiv(n_tokens, block_q), triton.cdiv(n_tokens, block_k)
     if q_weight is not None or k_weight is not None:
-        most = _multiprocessors(q.device) * _BACKWARD_PROGRAMS_PER_SM
+        most = multiprocessors(q.device) * _BACKWARD_PROGRAMS_PER_SM
         most_q = max(1, most * programs_q // max(1, programs_q + programs_k))
         programs_q, programs_k = min(programs_q, most_q), min(programs_k, max(1, most - most_q))
     # A row for each program: the gradients of both weights side by side are one sum.
@@ -384,10 +386,3 @@ def _table_strides(sin: Tensor | None, positions: Tensor | None) -> tuple[int, i
     """From one row of the table to the next, and from one batch row of positions to the next."""
     by_row = 0 if positions is None or positions.dim() == 1 else positions.stride(0)
     return 0 if sin is None else sin.stride(0), by_row
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -6,11 +6,12 @@ import os
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from olmo_core.utils import compile_time_constant
 
-__all__ = ["INTERPRETED", "triton_refusal"]
+__all__ = ["INTERPRETED", "multiprocessors", "triton_refusal"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on any device. Read once, as Triton reads it."""
@@ -43,3 +44,11 @@ def _try_driver() -> str | None:
         lines = str(e).strip().splitlines() or [""]
         return f"Triton finds no working driver: {type(e).__name__}: {lines[0][:200]}"
     return None
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has: what grids are cut for. 1 elsewhere."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
