@@ -6,8 +6,11 @@ take it back. cuDNN plans once for each kind and size of problem.
 
 from __future__ import annotations
 
+import ctypes
 import math
+from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -38,10 +41,33 @@ def library() -> ModuleType:
 
     :raises ImportError: If it can't be imported.
     """
-    import transformer_engine.pytorch  # noqa: F401  (loads the shared libraries)
+    try:
+        import transformer_engine.pytorch  # noqa: F401  (loads the shared libraries)
+    except OSError:
+        # Two cuDNNs are installed, torch has begun to use one, and the loader finds the other.
+        load_rest_of_cudnn()
+        import transformer_engine.pytorch  # noqa: F401
     from transformer_engine.pytorch.cpp_extensions import fused_attn
 
     return fused_attn
+
+
+def load_rest_of_cudnn(maps: Path = Path("/proc/self/maps")) -> list[Path]:
+    """Load all of the cuDNN that this process has loaded a part of, so that none mixes with it.
+
+    :param maps: What is mapped into the process, in Linux's format.
+    :returns: The libraries that are loaded now.
+    """
+    if not maps.exists():
+        return []
+    mapped = {Path(line.split()[-1]) for line in maps.read_text().splitlines() if line.split()}
+    folders = {path.parent for path in mapped if path.name.startswith("libcudnn_")}
+    loaded = []
+    for path in sorted(path for folder in folders for path in folder.glob("libcudnn_*.so*")):
+        with suppress(OSError):  # what it needs may be missing: then it could not be mixed either
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            loaded.append(path)
+    return loaded
 
 
 class TEKernel:
