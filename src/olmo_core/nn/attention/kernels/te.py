@@ -42,7 +42,7 @@ def library() -> ModuleType:
     :raises ImportError: If it can't be imported.
     """
     try:
-        import transformer_engine.pytorch  # noqa: F401  (loads the shared libraries)
+        import transformer_engine.pytorch
     except OSError:
         # Two cuDNNs are installed, torch has begun to use one, and the loader finds the other.
         load_rest_of_cudnn()
