@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # One thread per worker: float64 gradcheck is many times slower on two.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# The Triton kernels need no GPU here: Triton's interpreter runs them, if it is told before they load.
+INTERPRETED = TRITON_INTERPRET=1 $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m triton
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-full check bench docs clean
@@ -20,9 +22,11 @@ demo: $(VENV)/.demo  ## train `tiny` on the embedded corpus into runs/demo, samp
 
 test: $(VENV)/.dev  ## the test suite, a few minutes on two cores
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
+	$(INTERPRETED)
 
 test-full: $(VENV)/.dev  ## the test suite with the slow tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --run-slow
+	$(INTERPRETED)
 
 check: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
