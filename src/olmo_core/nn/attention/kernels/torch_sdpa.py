@@ -9,6 +9,7 @@ documents and windows. Everything else: :mod:`.blockwise`.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -114,6 +115,18 @@ def _cpu_rows(s: Segments) -> int:
     return 64 if 0 < s.window <= 64 else 128
 
 
+def _whole_documents(s: Segments, n_tokens: int) -> list[int] | None:
+    """The lengths of documents that see themselves and all of themselves, or None.
+
+    No two of their blocks share a key, so answers need no room to add up in: they are laid end to
+    end.
+    """
+    if s.cu_q is None or s.cu_q is not s.cu_k or not s.causal or s.effective_window >= 0:
+        return None
+    cu, _ = s.host_lengths(n_tokens, n_tokens)
+    return [b - a for a, b in pairwise(cu) if b > a]
+
+
 class _Masks:
     """Additive masks by shape: blocks of a window share one."""
 
@@ -137,6 +150,14 @@ def _cpu_forward(
     order = short_documents.order(s, q.shape[1])
     if order is not None:
         return short_documents.forward(q, k, v, order, scale)
+    lengths = _whole_documents(s, q.shape[1])
+    if lengths is not None:
+        documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        parts = [
+            torch_ops.cpu_flash_forward(*qkv, is_causal=True, mask=None, scale=scale)
+            for qkv in documents
+        ]
+        return torch.cat([o for o, _ in parts], dim=1), torch.cat([x for _, x in parts], dim=-1)
     todo = list(blocks(s, q.shape[1], k.shape[1], rows=_cpu_rows(s), whole_squares=True))
     masks = _Masks(q)
     if len(todo) == 1 and todo[0][:4] == (0, q.shape[1], 0, k.shape[1]):
@@ -167,6 +188,15 @@ def _cpu_backward(
     order = short_documents.order(s, q.shape[1])
     if order is not None:
         return short_documents.backward(dout, q, k, v, out, lse, order, scale)
+    lengths = _whole_documents(s, q.shape[1])
+    if lengths is not None:
+        cut = (x.split(lengths, dim=1) for x in (dout, q, k, v, out))
+        saved = zip(*cut, lse.split(lengths, dim=-1), strict=True)
+        parts = [
+            torch_ops.cpu_flash_backward(*x, is_causal=True, mask=None, scale=scale) for x in saved
+        ]
+        dq, dk, dv = (torch.cat(grads, dim=1) for grads in zip(*parts, strict=True))
+        return dq, dk, dv
     todo = list(blocks(s, q.shape[1], k.shape[1], rows=_cpu_rows(s), whole_squares=True))
     masks = _Masks(q)
     if len(todo) == 1 and todo[0][:4] == (0, q.shape[1], 0, k.shape[1]):
