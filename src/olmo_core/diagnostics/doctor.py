@@ -220,7 +220,7 @@ def _step_form(dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
     from olmo_core.nn.attention.kernels import decode_triton
 
     q = torch.empty(1, 1, 4, head_dim, dtype=dtype, device=device)
-    refused = decode_triton.supported(q, q[:, :, :1])
+    refused = decode_triton.unsupported(q, q[:, :, :1])
     return "SDPA over the cache" if refused else "Triton over split keys"
 
 

@@ -43,7 +43,7 @@ def _rope_qk_norm(device: torch.device) -> tuple[str, str]:
     from olmo_core.nn.attention.kernels import rope_qk_norm as kernels
 
     q, k = torch.randn(1, 5, 4, 64, device=device), torch.randn(1, 5, 2, 64, device=device)
-    if reason := kernels.supported(q, k):
+    if reason := kernels.unsupported(q, k):
         return "", reason
     angle = torch.randn(5, 32, device=device)
     answers = []
@@ -60,7 +60,7 @@ def _decode(device: torch.device) -> tuple[str, str]:
 
     q = torch.randn(1, 1, 2, 64, device=device)
     cache = torch.randn(1, 40, 1, 64, device=device)
-    if reason := decode_triton.supported(q, cache):
+    if reason := decode_triton.unsupported(q, cache):
         return "", reason
     first = torch.tensor([3], device=device, dtype=torch.int32)
     stop = torch.tensor([30], device=device, dtype=torch.int32)

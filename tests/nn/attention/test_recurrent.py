@@ -322,10 +322,10 @@ def test_the_choice_of_the_rule_has_a_reason(monkeypatch: pytest.MonkeyPatch) ->
     v = torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)
     assert layer.choose_rule(q, v).name == "torch"
     assert "not on cpu" in str(layer.choose_rule(q, v))
-    monkeypatch.setattr(recurrent, "triton_refusal", lambda q, v: None)
+    monkeypatch.setattr(recurrent, "unsupported", lambda q, v: None)
     assert layer.choose_rule(q, v).name == "triton"
     assert layer.choose_rule(q, v).function is recurrent.gated_delta_rule
-    monkeypatch.setattr(recurrent, "triton_refusal", lambda q, v: "no kernels")
+    monkeypatch.setattr(recurrent, "unsupported", lambda q, v: "no kernels")
     monkeypatch.setattr(recurrent, "fla_usable", lambda device, group: (True, f"works for {group}"))
     assert str(layer.choose_rule(q, v)) == "fla: works for 2"
     assert str(layer.choose_rule(q.float(), v.float())) == "torch: no kernels"

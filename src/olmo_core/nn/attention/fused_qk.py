@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from olmo_core.nn.attention.kernels.rope_qk_norm import qk_norm_rope, rope_only, supported
+from olmo_core.nn.attention.kernels.rope_qk_norm import qk_norm_rope, rope_only, unsupported
 from olmo_core.nn.layer_norm import CuTeRMSNorm, FusedRMSNorm, LayerNorm, RMSNorm
 from olmo_core.nn.rope import FusedRotaryEmbedding, RotaryEmbedding, RotaryEmbeddingBase
 
@@ -38,7 +38,7 @@ def fused_qk(
     """
     if not (q.is_cuda or k.is_cuda) or (q_norm is None and rope is None):
         return None
-    if supported(q, k) is not None or not _norms_fit(q_norm, k_norm):
+    if unsupported(q, k) is not None or not _norms_fit(q_norm, k_norm):
         return None
     sin = cos = positions = None
     rotary_dim = None

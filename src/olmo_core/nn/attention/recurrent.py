@@ -19,7 +19,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
 from olmo_core.nn.attention.kernels.fla import fla_gated_delta_rule, fla_usable
 from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
-from olmo_core.nn.attention.kernels.gated_delta_rule_triton import supported as triton_refusal
+from olmo_core.nn.attention.kernels.gated_delta_rule_triton import unsupported
 from olmo_core.nn.attention.recurrent_cache import RecurrentCache
 from olmo_core.nn.attention.recurrent_inputs import read_inputs
 from olmo_core.nn.attention.recurrent_sizes import GatedDeltaNetSizes
@@ -253,7 +253,7 @@ class GatedDeltaNet(SequenceMixer):
         """
         if torch.compiler.is_compiling():
             return RuleChoice("torch", "one op of a compiled graph, which runs what suits it")
-        refused = triton_refusal(q, v)
+        refused = unsupported(q, v)
         if refused is None:
             return RuleChoice("triton", "its kernels serve these inputs here")
         if q.dtype not in (torch.bfloat16, torch.float16):

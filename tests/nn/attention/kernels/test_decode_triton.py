@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.kernels import decode_triton
-from olmo_core.nn.attention.kernels.decode_triton import decode, n_splits, supported
+from olmo_core.nn.attention.kernels.decode_triton import decode, n_splits, unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REASON = supported(*(torch.empty(1, 1, 1, 16, device=DEVICE),) * 2)
+REASON = unsupported(*(torch.empty(1, 1, 1, 16, device=DEVICE),) * 2)
 needs_kernel = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 pytestmark = [
     pytest.mark.triton,
@@ -121,14 +121,14 @@ def test_compiles_without_graph_breaks() -> None:
     assert torch.equal(f(q, k, k, starts, ends), decode(q, k, k, starts, ends, scale=0.125))
 
 
-def test_supported_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = torch.ones(1, 1, 4, 32), torch.ones(1, 9, 2, 32)
     monkeypatch.setattr(decode_triton, "triton_refusal", lambda x: f"not on {x.device.type}")
-    assert "not on cpu" in str(supported(q, k))
+    assert "not on cpu" in str(unsupported(q, k))
     monkeypatch.setattr(decode_triton, "triton_refusal", lambda x: None)
-    assert supported(q, k) is None
-    assert "share a dtype" in str(supported(q, k.half()))
+    assert unsupported(q, k) is None
+    assert "share a dtype" in str(unsupported(q, k.half()))
     assert "at most 256, not 512" in str(
-        supported(torch.ones(1, 1, 1, 512), torch.ones(1, 1, 1, 512))
+        unsupported(torch.ones(1, 1, 1, 512), torch.ones(1, 1, 1, 512))
     )
-    assert "at most 8 query tokens" in str(supported(torch.ones(1, 9, 4, 32), k))
+    assert "at most 8 query tokens" in str(unsupported(torch.ones(1, 9, 4, 32), k))

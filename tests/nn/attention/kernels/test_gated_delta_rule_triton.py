@@ -18,13 +18,13 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels import gated_delta_rule_triton
 from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
 from olmo_core.nn.attention.kernels.gated_delta_rule_reference import gated_delta_rule_reference
-from olmo_core.nn.attention.kernels.gated_delta_rule_triton import supported
+from olmo_core.nn.attention.kernels.gated_delta_rule_triton import unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 # The recurrence, rounded at its ends only, is off by 2.4e-3 in bfloat16 and by 3e-4 in float16.
 BOUND = 1e-2 if DEVICE == "cuda" else 1e-3
-REASON = supported(*(torch.empty(1, 1, 1, 16, device=DEVICE, dtype=DTYPE),) * 2)
+REASON = unsupported(*(torch.empty(1, 1, 1, 16, device=DEVICE, dtype=DTYPE),) * 2)
 NAMES = ("out", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 # Triton's interpreter reads loop bounds out of arrays in a way that numpy is about to forbid.
@@ -223,17 +223,17 @@ def test_compiles_without_graph_breaks() -> None:
         torch.testing.assert_close(got[name], x, rtol=0, atol=0)
 
 
-def test_supported_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.ones(1, 1, 2, 16, dtype=torch.float16)
     monkeypatch.setattr(
         gated_delta_rule_triton, "triton_refusal", lambda x: f"not on {x.device.type}"
     )
-    assert "not on cpu" in str(supported(q, q))
+    assert "not on cpu" in str(unsupported(q, q))
     monkeypatch.setattr(gated_delta_rule_triton, "triton_refusal", lambda x: None)
     monkeypatch.setattr(gated_delta_rule_triton, "INTERPRETED", True)
-    assert supported(q, q) is None
-    assert "no bfloat16 products" in str(supported(q.bfloat16(), q.bfloat16()))
-    assert "not torch.float32" in str(supported(q.float(), q.float()))
-    assert "at most 256, not 512" in str(supported(q.expand(1, 1, 2, 16).repeat(1, 1, 1, 32), q))
-    assert "at most 65535" in str(supported(q.expand(40000, 1, 2, 16), q))
-    assert "no tokens" in str(supported(q[:, :0], q[:, :0]))
+    assert unsupported(q, q) is None
+    assert "no bfloat16 products" in str(unsupported(q.bfloat16(), q.bfloat16()))
+    assert "not torch.float32" in str(unsupported(q.float(), q.float()))
+    assert "at most 256, not 512" in str(unsupported(q.expand(1, 1, 2, 16).repeat(1, 1, 1, 32), q))
+    assert "at most 65535" in str(unsupported(q.expand(40000, 1, 2, 16), q))
+    assert "no tokens" in str(unsupported(q[:, :0], q[:, :0]))

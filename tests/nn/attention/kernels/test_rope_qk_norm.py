@@ -20,11 +20,11 @@ from olmo_core.nn.attention.kernels.rope_qk_norm import (
     qk_norm_rope_reference,
     rope_only,
     row_stat,
-    supported,
+    unsupported,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REASON = supported(*(torch.empty(1, 1, 1, 2, device=DEVICE),) * 2)
+REASON = unsupported(*(torch.empty(1, 1, 1, 2, device=DEVICE),) * 2)
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 # Triton's interpreter reads loop bounds out of arrays in a way that numpy is about to forbid.
 # It also truncates to bf16 where a GPU rounds.
@@ -264,12 +264,12 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
         qk_norm_rope(q, k, eps=1e-5, per_head=False, **options)
 
 
-def test_supported_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.ones(1, 1, 2, 8)
     monkeypatch.setattr(rope_qk_norm, "triton_refusal", lambda x: f"not on {x.device.type}")
-    assert "not on cpu" in str(supported(q, q))
+    assert "not on cpu" in str(unsupported(q, q))
     monkeypatch.setattr(rope_qk_norm, "triton_refusal", lambda x: None)
-    assert supported(q, q) is None
-    assert "float64" in str(supported(q.double(), q.double()))
-    assert "even" in str(supported(q[..., :7], q[..., :7]))
-    assert "32768" in str(supported(torch.ones(1, 1, 300, 128), torch.ones(1, 1, 1, 128)))
+    assert unsupported(q, q) is None
+    assert "float64" in str(unsupported(q.double(), q.double()))
+    assert "even" in str(unsupported(q[..., :7], q[..., :7]))
+    assert "32768" in str(unsupported(torch.ones(1, 1, 300, 128), torch.ones(1, 1, 1, 128)))

@@ -21,7 +21,7 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors, triton_refusal
 from olmo_core.nn.registration import register_inference
 
-__all__ = ["MAX_QUERIES", "decode", "supported"]
+__all__ = ["MAX_QUERIES", "decode", "unsupported"]
 
 MAX_QUERIES = 8
 _MAX_ROWS = 128  # query tokens x query heads of a kv head
@@ -33,7 +33,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 
 
-def supported(q: Tensor, k_cache: Tensor) -> str | None:
+def unsupported(q: Tensor, k_cache: Tensor) -> str | None:
     """Why the kernel can't serve these tensors, or None if it can.
 
     :param q: ``(B, Tq, H, D)``.

@@ -1,5 +1,6 @@
-"""The gated delta rule on any device, in linear time and memory both ways: in plain torch, or where
-``gated_delta_rule_triton.supported`` in Triton kernels.
+"""The gated delta rule on any device, in linear time and memory both ways.
+
+In plain torch, or in Triton kernels where ``gated_delta_rule_triton.unsupported`` says None.
 
 ``gated_delta_rule`` is a dispatcher op, so it is one node of a compiled graph and selective
 checkpointing can name it (``torch.ops.olmo_core.gated_delta_rule``). The recurrence that it
@@ -26,7 +27,7 @@ from olmo_core.nn.registration import (
 from .gated_delta_rule_backward import chunked_backward
 from .gated_delta_rule_chunks import QK_NORM_EPS, ChunkGrid, accumulation_dtype
 from .gated_delta_rule_forward import Saved, chunked_forward
-from .gated_delta_rule_triton import saved_like, supported, triton_backward, triton_forward
+from .gated_delta_rule_triton import saved_like, triton_backward, triton_forward, unsupported
 
 __all__ = ["gated_delta_rule", "gated_delta_rule_step_", "normalize"]
 
@@ -55,7 +56,8 @@ def gated_delta_rule(
         o = scale * q @ S
 
     Gated Delta Networks, https://arxiv.org/abs/2412.06464. Sums are float32, or float64 for float64
-    inputs. Differentiable once. Under autocast q, k and v are cast to its dtype; g and beta never
+    inputs. The Triton kernels multiply in q's dtype: on keys that are all alike, with beta near 2, they
+    are ten times as far from float64 as the torch form. Differentiable once. Under autocast q, k and v are cast to its dtype; g and beta never
     are: their rounding would be raised to the power of the sequence length.
 
     :param q: (B, T, H, K), floating point; strides are free.
@@ -207,7 +209,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        run = chunked_forward if supported(q, v) else triton_forward
+        run = chunked_forward if unsupported(q, v) else triton_forward
         out, state, saved = run(
             q,
             k,
@@ -242,7 +244,7 @@ def _forward_fake(
     state = q.new_empty((grid.batch, grid.value_heads, grid.key_dim, grid.value_dim), dtype=dtype)
     if not save:
         saved = Saved(*(state.new_empty(0) for _ in range(3)))
-    elif supported(q, v):
+    elif unsupported(q, v):
         saved = Saved(*(state.new_empty(shape) for shape in Saved.shapes(grid)))
     else:
         saved = saved_like(q, v)
@@ -265,7 +267,7 @@ def _backward(
     normalize_qk: bool,
 ) -> tuple[Tensor, ...]:
     with torch.autocast(q.device.type, enabled=False):
-        run = chunked_backward if supported(q, v) else triton_backward
+        run = chunked_backward if unsupported(q, v) else triton_backward
         return run(
             dout,
             dfinal,

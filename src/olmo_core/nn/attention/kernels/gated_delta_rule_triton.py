@@ -18,7 +18,7 @@ from .gated_delta_rule_chunks import ChunkGrid
 from .gated_delta_rule_forward import Saved
 from .triton_driver import INTERPRETED, triton_refusal
 
-__all__ = ["saved_like", "supported", "triton_backward", "triton_forward"]
+__all__ = ["saved_like", "triton_backward", "triton_forward", "unsupported"]
 
 _CHUNK = 64  # tokens: the row count of one tensor core instruction
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -26,7 +26,7 @@ _MAX_KEY_DIM = 256
 _MAX_ROWS = 65535  # programs along a grid's second dimension
 
 
-def supported(q: Tensor, v: Tensor) -> str | None:
+def unsupported(q: Tensor, v: Tensor) -> str | None:
     """Why the kernels can't serve these tensors, or None if they can.
 
     Asks only what the forward and the backward pass, and fake tensors, know alike.
@@ -80,7 +80,7 @@ def triton_forward(
     normalize_qk: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Saved | None]:
-    """Like :func:`.gated_delta_rule_forward.chunked_forward`, for what is :func:`supported`."""
+    """Like :func:`.gated_delta_rule_forward.chunked_forward`, for what these kernels serve."""
     from .gated_delta_rule_triton_forward import launch_forward
 
     grid, saved = _grid(q, v), saved_like(q, v)

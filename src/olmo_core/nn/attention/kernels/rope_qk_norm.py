@@ -25,7 +25,7 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
 from olmo_core.nn.registration import refuse_second_derivative, register_differentiable
 
-__all__ = ["qk_norm_rope", "qk_norm_rope_reference", "rope_only", "row_stat", "supported"]
+__all__ = ["qk_norm_rope", "qk_norm_rope_reference", "rope_only", "row_stat", "unsupported"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_ROW = 32768  # elements of one token's heads that a program can hold in registers
@@ -33,7 +33,7 @@ _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 _CALL: dict[str, Callable[..., Any]] = {}
 
 
-def supported(q: Tensor, k: Tensor, *, rotary_dim: int | None = None) -> str | None:
+def unsupported(q: Tensor, k: Tensor, *, rotary_dim: int | None = None) -> str | None:
     """Why the kernels can't serve these tensors, or None if they can.
 
     :param q: ``(B, T, H, D)``.
@@ -369,7 +369,7 @@ def _rope_differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tenso
 def _register() -> None:
     refuse = refuse_second_derivative("qk_norm_rope", "qk_norm_rope_reference")
     inputs = "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? sin, Tensor? cos"
-    both = ("CPU", "CUDA")  # on the CPU only under Triton's interpreter: see `supported`
+    both = ("CPU", "CUDA")  # on the CPU only under Triton's interpreter: see `unsupported`
     _LIB.define(
         f"qk_norm_rope({inputs}, Tensor? positions, Tensor? stats, SymInt rotary_dim, "
         "SymInt width_q, SymInt width_k, float? eps, bool per_head) -> (Tensor, Tensor, Tensor)"
