@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +44,16 @@ def command(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every cell to a file.")
     ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=1,
+            help="Processes that share the work, where kernels take long to compile. With more "
+            "than one, a crash in a library costs one cell.",
+        ),
+    ] = 1,
 ) -> None:
     """Check the promise on this machine: packed = separate = cached = the float64 reference.
 
@@ -67,15 +78,16 @@ def command(
     if json_file is not None:
         machines.checked_output("--json", json_file)
 
+    start = time.perf_counter()
     console = tables.console()
     facts = machines.describe(where)
     console.print(str(facts), style="dim", markup=False)
-    outcomes, interrupted = _run(todo, where)
+    outcomes, interrupted = _run(todo, where, jobs)
     _print_tables(console, outcomes)
     _print_skipped(console, outcomes)
     failed = _print_failed(console, outcomes)
     passed = sum(o.status == "passed" for o in outcomes)
-    seconds = sum(o.seconds for o in outcomes)
+    seconds = time.perf_counter() - start
     verdict = f"{passed} cells passed, {failed} failed, {len(outcomes) - passed - failed} skipped"
     style = "bold red" if failed or not passed else "bold green"
     console.print(f"{verdict} in {seconds:.0f} s", style=style)
@@ -91,21 +103,24 @@ def command(
         raise typer.Exit(1)
 
 
-def _run(todo: list[Cell], device: torch.device) -> tuple[list[Outcome], bool]:
-    """The outcomes so far, and whether the user stopped."""
+def _run(todo: list[Cell], device: torch.device, jobs: int) -> tuple[list[Outcome], bool]:
+    """The outcomes so far, in the order of the cells, and whether the user stopped."""
     from olmo_core.cli.tables import progress
     from olmo_core.diagnostics.verify import run
+    from olmo_core.diagnostics.verify_processes import run_in_processes
 
-    outcomes: list[Outcome] = []
+    outcomes: dict[Cell, Outcome] = {}
+    interrupted = False
     with progress() as bar:
         task = bar.add_task("", total=len(todo))
+        running = run(todo, device) if jobs == 1 else run_in_processes(todo, device, jobs)
         try:
-            for outcome in run(todo, device):
-                outcomes.append(outcome)
+            for outcome in running:
+                outcomes[outcome.cell] = outcome
                 bar.update(task, advance=1, description=str(outcome.cell)[:44])
         except KeyboardInterrupt:
-            return outcomes, True
-    return outcomes, False
+            interrupted = True
+    return [outcomes[cell] for cell in todo if cell in outcomes], interrupted
 
 
 def _print_tables(console: Console, outcomes: list[Outcome]) -> None:

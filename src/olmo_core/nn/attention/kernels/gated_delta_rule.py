@@ -56,9 +56,11 @@ def gated_delta_rule(
         o = scale * q @ S
 
     Gated Delta Networks, https://arxiv.org/abs/2412.06464. Sums are float32, or float64 for float64
-    inputs. The Triton kernels multiply in q's dtype: on keys that are all alike, with beta near 2, they
-    are ten times as far from float64 as the torch form. Differentiable once. Under autocast q, k and v are cast to its dtype; g and beta never
+    inputs. Differentiable once. Under autocast q, k and v are cast to its dtype; g and beta never
     are: their rounding would be raised to the power of the sequence length.
+
+    The Triton kernels multiply in q's dtype. Where all keys are alike and beta is near 2, they are
+    ten times as far from float64 as the torch form.
 
     :param q: (B, T, H, K), floating point; strides are free.
     :param k: Like ``q``.

@@ -1,0 +1,107 @@
+"""``verify`` in several processes: faster, and a crash in a library costs one cell.
+
+Each process checks one layer on one backend at a time, in whatever order they become free.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+import torch
+
+from olmo_core.diagnostics.verify import Cell, Outcome, run
+
+__all__ = ["run_in_processes"]
+
+Run = Callable[[Iterable[Cell], torch.device], Iterator[Outcome]]
+
+# A fork would inherit CUDA's state and threads' locks.
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+@dataclass(eq=False)
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    cells: deque[Cell] = field(default_factory=deque)
+    """Given to it and not answered yet; the first is the one that it checks."""
+
+
+def run_in_processes(
+    todo: Sequence[Cell], device: torch.device, jobs: int, run: Run = run
+) -> Iterator[Outcome]:
+    """The outcomes of :func:`.verify.run`, in no order.
+
+    :param jobs: How many processes, at most.
+    :param run: What each of them does; importable by name.
+    """
+    groups = deque(
+        list(cells) for _, cells in groupby(todo, key=lambda cell: (cell.backend, cell.mixer))
+    )
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    workers: list[_Worker] = []
+    try:
+        while groups or workers:
+            while groups and len(workers) < jobs:
+                worker = _start(device, threads, run)
+                workers.append(worker)
+                _give(worker, groups.popleft())
+            for pipe in wait([worker.pipe for worker in workers]):
+                worker = next(w for w in workers if w.pipe is pipe)
+                try:
+                    outcome: Outcome = worker.pipe.recv()
+                except EOFError:  # it died
+                    workers.remove(worker)
+                    worker.process.join()
+                    yield Outcome(worker.cells.popleft(), "failed", reasons=(_death(worker),))
+                    if worker.cells:
+                        groups.appendleft(list(worker.cells))
+                    continue
+                worker.cells.remove(outcome.cell)
+                yield outcome
+                if worker.cells:
+                    continue
+                if groups:
+                    _give(worker, groups.popleft())
+                else:
+                    worker.pipe.send(None)
+                    workers.remove(worker)
+                    worker.process.join()
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+
+
+def _start(device: torch.device, threads: int, run: Run) -> _Worker:
+    ours, theirs = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_work, args=(theirs, device, threads, run), daemon=True)
+    process.start()
+    theirs.close()  # so that its death closes the pipe
+    return _Worker(process, ours)
+
+
+def _give(worker: _Worker, cells: list[Cell]) -> None:
+    worker.cells = deque(cells)
+    worker.pipe.send(cells)
+
+
+def _work(pipe: Connection, device: torch.device, threads: int, run: Run) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
+    torch.set_num_threads(threads)
+    while (cells := pipe.recv()) is not None:
+        for outcome in run(cells, device):
+            pipe.send(outcome)
+
+
+def _death(worker: _Worker) -> str:
+    code = worker.process.exitcode or 0
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"its process died: {how}. What it printed last is above."
