@@ -59,7 +59,7 @@ def default_settings(device: torch.device) -> Settings:
     """What a GPU trains with, or what a laptop can do in a minute or two."""
     if device.type == "cuda":
         tokens = (1024, 2048, 4096, 8192, 16384)
-        return Settings(2, 16, 4, 128, 1024, torch.bfloat16, tokens, 32, 0.5, 1024)
+        return Settings(2, 16, 4, 128, 1024, torch.bfloat16, tokens, 32, 0.25, 1024)
     return Settings(1, 8, 2, 64, 256, torch.float32, (512, 1024, 2048), 8, 0.3, 512)
 
 
