@@ -36,6 +36,28 @@ def test_host_lengths_follow_changes_in_place() -> None:
     assert host_lengths(inference) == [0, 5, 8]
 
 
+def test_an_answer_holds_for_its_question_alone() -> None:
+    lengths = cu(0, 1, 2)
+    for _ in range(2):
+        check_cu_doc_lens(lengths, 2, 1)
+    with pytest.raises(TypeError, match="must be an int"):
+        check_cu_doc_lens(lengths, 2, True)
+    with pytest.raises(ValueError, match="must end at"):
+        check_cu_doc_lens(lengths, 3, 1)
+    with pytest.raises(ValueError, match="must not decrease"):
+        check_cu_doc_lens(cu(0, 3, 2), 2, 1)
+    check_cu_doc_lens(lengths, 2, 1)
+    lengths[1] = 0
+    with pytest.raises(ValueError, match="max_doc_len=1"):
+        check_cu_doc_lens(lengths, 2, 1)
+    with torch.inference_mode():  # without versions, each call asks again
+        inference = cu(0, 1, 2)
+        check_cu_doc_lens(inference, 2, 1)
+        inference[2] = 3
+        with pytest.raises(ValueError, match="must end at"):
+            check_cu_doc_lens(inference, 2, 1)
+
+
 def test_all_layers_together_read_a_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = 0
     tolist = Tensor.tolist
