@@ -1,12 +1,12 @@
 #!/bin/bash
 # Correctness, then times, on one GPU; each part on its own if named:
 # tests verify layer gated_delta_rule kernels decode bench. Results go to $OUT as JSON where it is set.
-# All together take some 15 minutes, most of which kernels compile.
+# All together take some 15 minutes, most of which kernels compile. SETUP names a file to source first.
 set -u
 cd "$(dirname "$0")/.."
-[ -f /tmp/site/env.sh ] && . /tmp/site/env.sh
+[ -n "${SETUP:-}" ] && . "$SETUP"
 export PYTHONPATH=src:${PYTHONPATH:-} PYTHONUNBUFFERED=1
-out=${OUT:-/tmp}
+out=${OUT:-.}
 for part in "${@:-tests verify layer gated_delta_rule kernels decode bench}"; do
   for name in $part; do
     case $name in
