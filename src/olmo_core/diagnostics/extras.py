@@ -72,13 +72,32 @@ def _decode(device: torch.device) -> tuple[str, str]:
     return "", _off((out - want).abs().max().item())
 
 
+def _gated_delta_rule(device: torch.device) -> tuple[str, str]:
+    from olmo_core.nn.attention.kernels import gated_delta_rule_triton as kernels
+    from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
+
+    q, k, v = (torch.randn(1, 70, 2, 64, device=device).half() for _ in range(3))
+    if reason := kernels.unsupported(q, v):
+        return "", reason
+    gates = -torch.rand(1, 70, 2, device=device), torch.rand(1, 70, 2, device=device)
+    answers = []
+    for wide in (False, True):  # float32 runs the torch form
+        inputs = [x.float() if wide else x for x in (q, k, v)]
+        leaves = [x.clone().requires_grad_() for x in (*inputs, *gates)]
+        out, _ = gated_delta_rule(*leaves, normalize_qk=True)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        answers.append(torch.cat([x.flatten().float() for x in (out, *grads)]))
+    error = ((answers[0] - answers[1]).norm() / answers[1].norm()).item()
+    return "", "" if error < 1e-2 else f"its result is off by {error:.1e}"
+
+
 def _off(error: float) -> str:
     return "" if error < 1e-4 else f"its result is off by {error:.1e}"
 
 
 def _fla(device: torch.device) -> tuple[str, str]:
     if find_spec("fla") is None:
-        return "", "not installed: the gated delta net runs torch's form"
+        return "", 'not installed: pip install "olmo-attention[fla]"'
     from olmo_core.nn.attention.kernels.fla import fla_usable
 
     usable, why = fla_usable(device)
@@ -108,10 +127,11 @@ def _transformers(device: torch.device) -> tuple[str, str]:
 _NOTHING = "nothing to do: torch's form computes the same"
 
 EXTRAS: dict[str, tuple[str, Probe, str]] = {
-    "triton": ("compiles the next two", _triton, "use a machine with a GPU, and torch for CUDA"),
+    "triton": ("compiles the next three", _triton, "use a machine with a GPU, and torch for CUDA"),
     "rope_qk_norm": ("qk-norm and RoPE in one pass", _rope_qk_norm, _NOTHING),
     "decode": ("decoding over split keys", _decode, _NOTHING),
-    "fla": ("gated delta net in Triton", _fla, 'pip install "olmo-attention[fla]"'),
+    "gated_delta_rule": ("gated delta net, on Hopper", _gated_delta_rule, _NOTHING),
+    "fla": ("gated delta net, elsewhere", _fla, _NOTHING),
     "matplotlib": ("plots of train and bench", _matplotlib, 'pip install "olmo-attention[plot]"'),
     "transformers": ("Hugging Face checkpoints", _transformers, 'pip install "olmo-attention[hf]"'),
 }

@@ -15,6 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from olmo_core.diagnostics.extras import EXTRAS
 from olmo_core.nn.attention.kernels import gated_delta_rule_triton
 from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
 from olmo_core.nn.attention.kernels.gated_delta_rule_reference import gated_delta_rule_reference
@@ -237,3 +238,16 @@ def test_unsupported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "at most 256, not 512" in str(unsupported(q.expand(1, 1, 2, 16).repeat(1, 1, 1, 32), q))
     assert "at most 65535" in str(unsupported(q.expand(40000, 1, 2, 16), q))
     assert "no tokens" in str(unsupported(q[:, :0], q[:, :0]))
+
+
+@needs_kernels
+def test_doctor_tries_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, probe, _ = EXTRAS["gated_delta_rule"]
+    assert probe(torch.device(DEVICE)) == ("", "")
+
+    def wrong(q: Tensor, *rest: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        scale = 1.0 if q.dtype == torch.float16 else None
+        return gated_delta_rule(q, *rest, scale=scale, **options)
+
+    monkeypatch.setattr("olmo_core.nn.attention.kernels.gated_delta_rule.gated_delta_rule", wrong)
+    assert "is off by" in probe(torch.device(DEVICE))[1]
