@@ -10,6 +10,7 @@ import ctypes
 import math
 from contextlib import suppress
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,11 +43,11 @@ def library() -> ModuleType:
     :raises ImportError: If it can't be imported.
     """
     try:
-        import transformer_engine.pytorch
+        import_module("transformer_engine.pytorch")  # loads the shared libraries
     except OSError:
         # Two cuDNNs are installed, torch has begun to use one, and the loader finds the other.
         load_rest_of_cudnn()
-        import transformer_engine.pytorch  # noqa: F401
+        import_module("transformer_engine.pytorch")
     from transformer_engine.pytorch.cpp_extensions import fused_attn
 
     return fused_attn
