@@ -7,10 +7,9 @@ pad the tensor to a fixed size, which lets one compiled graph serve any number o
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,8 +28,6 @@ __all__ = [
 T = TypeVar("T")
 
 _DERIVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_last_checked: list[Any] = [lambda: None, 0, 0, None]
-"""A reference to lengths that passed, their version, and what they were checked against."""
 
 
 def _remember(lengths: Tensor, key: tuple[str, int], compute: Callable[[], T]) -> T:
@@ -70,8 +67,6 @@ def check_cu_doc_lens(
     :raises TypeError: If ``cu`` is not an int32 tensor.
     :raises ValueError: If its shape or its values are wrong.
     """
-    if _was_checked(cu, total, max_doc_len):
-        return
     if not isinstance(cu, Tensor) or cu.dtype != torch.int32:
         got = cu.dtype if isinstance(cu, Tensor) else type(cu).__name__
         raise TypeError(
@@ -115,17 +110,6 @@ def check_cu_doc_lens(
             f"The longest document of {name} has {longest} tokens, but max_doc_len={max_doc_len}. "
             "max_doc_len is an upper bound: raise it, or leave it out."
         )
-    if not cu.is_inference():
-        _last_checked[:] = weakref.ref(cu), cu._version, total, max_doc_len
-
-
-def _was_checked(cu: Tensor, total: int, max_doc_len: int | None) -> bool:
-    """Whether this very call was the last to pass: each layer of a step asks again."""
-    if torch.compiler.is_compiling():
-        return False
-    last, version, of, longest = _last_checked
-    same = last() is cu and of == total and longest is max_doc_len  # True is not 1
-    return same and version == cu._version and runs_eagerly(cu.device)
 
 
 def check_leftpad(leftpad: Tensor, batch: int, longest: int) -> None:
