@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -42,33 +44,46 @@ def library() -> ModuleType:
 
     :raises ImportError: If it can't be imported.
     """
-    try:
+    with one_cudnn():
         import_module("transformer_engine.pytorch")  # loads the shared libraries
-    except OSError:
-        # Two cuDNNs are installed, torch has begun to use one, and the loader finds the other.
-        load_rest_of_cudnn()
-        import_module("transformer_engine.pytorch")
     from transformer_engine.pytorch.cpp_extensions import fused_attn
 
     return fused_attn
 
 
-def load_rest_of_cudnn(maps: Path = Path("/proc/self/maps")) -> list[Path]:
-    """Load all of the cuDNN that this process has loaded a part of, so that none mixes with it.
+@contextmanager
+def one_cudnn(maps: Path = Path("/proc/self/maps")) -> Iterator[None]:
+    """Let what is loaded in this context use the cuDNN that torch uses.
+
+    Transformer Engine prefers the system's cuDNN to the one of torch's package. Where both exist
+    and torch has begun to load the parts of its own, parts of two versions would work together.
 
     :param maps: What is mapped into the process, in Linux's format.
-    :returns: The libraries that are loaded now.
     """
-    if not maps.exists():
-        return []
-    mapped = {Path(line.split()[-1]) for line in maps.read_text().splitlines() if line.split()}
-    folders = {path.parent for path in mapped if path.name.startswith("libcudnn_")}
-    loaded = []
-    for path in sorted(path for folder in folders for path in folder.glob("libcudnn_*.so*")):
+    folder = cudnn_folder(maps)
+    if folder is None:
+        yield
+        return
+    for part in sorted(folder.glob("libcudnn*.so*")):
         with suppress(OSError):  # what it needs may be missing: then it could not be mixed either
-            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-            loaded.append(path)
-    return loaded
+            ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
+    before = os.environ.get("CUDNN_HOME")
+    os.environ["CUDNN_HOME"] = str(folder)  # where Transformer Engine looks first
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDNN_HOME"]
+        else:
+            os.environ["CUDNN_HOME"] = before
+
+
+def cudnn_folder(maps: Path) -> Path | None:
+    """Where the cuDNN that this process uses lies, if it uses any."""
+    if not maps.exists():
+        return None
+    mapped = (Path(line.split()[-1]) for line in maps.read_text().splitlines() if line.split())
+    return next((path.parent for path in mapped if path.name.startswith("libcudnn.so")), None)
 
 
 class TEKernel:
