@@ -48,15 +48,36 @@ def register_differentiable(
     op, implementation = _implement(lib, name, implementation, fake, keys)
 
     def below_autograd(*inputs: Any) -> Any:
-        if _nobody_listens(inputs):
-            return implementation(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
+
+    dispatched = _function(name, below_autograd, differentiate, save)
+    direct = _function(name, implementation, differentiate, save)
+
+    def with_autograd(*inputs: Any) -> Any:
+        return dispatched(*inputs) if _wants_gradient(inputs) else below_autograd(*inputs)
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or not _nobody_listens(inputs):
+            return op(*inputs)
+        return direct(*inputs) if _wants_gradient(inputs) else implementation(*inputs)
+
+    lib.impl(name, with_autograd, "Autograd")
+    return call
+
+
+def _function(
+    name: str,
+    run: Callable[..., Any],
+    differentiate: Callable[..., Any],
+    save: Callable[[Any, tuple[Any, ...], Any], None] | None,
+) -> Callable[..., Any]:
+    """``run`` as a node of autograd's graph."""
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            outputs = below_autograd(*inputs)
+            outputs = run(*inputs)
             if save is not None:
                 save(ctx, inputs, outputs)
             return outputs
@@ -66,19 +87,7 @@ def register_differentiable(
             return differentiate(ctx, *gradients)
 
     Differentiable.__name__ = name  # what grad_fn and tracebacks show
-
-    def with_autograd(*inputs: Any) -> Any:
-        if _wants_gradient(inputs):
-            return Differentiable.apply(*inputs)
-        return below_autograd(*inputs)
-
-    def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or not _nobody_listens(inputs):
-            return op(*inputs)
-        return Differentiable.apply(*inputs) if _wants_gradient(inputs) else implementation(*inputs)
-
-    lib.impl(name, with_autograd, "Autograd")
-    return call
+    return Differentiable.apply
 
 
 def register_inference(
@@ -154,9 +163,11 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _wants_gradient(inputs: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in inputs
-    )
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def _nobody_listens(inputs: tuple[Any, ...]) -> bool:
@@ -166,6 +177,10 @@ def _nobody_listens(inputs: tuple[Any, ...]) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     for x in inputs:
-        if isinstance(x, Tensor) and (type(x) not in (Tensor, nn.Parameter) or x.is_meta):
+        kind = type(x)
+        if kind is Tensor or kind is nn.Parameter:
+            if x.is_meta:
+                return False
+        elif isinstance(x, Tensor):
             return False
     return True

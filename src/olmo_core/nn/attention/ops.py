@@ -83,23 +83,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> None:
         raise ValueError(f"q, k and v must share a device, got {q.device}, {k.device}, {v.device}.")
 
 
-def _flat(s: Segments, *tensors: Tensor) -> list[Tensor]:
-    """What kernels take: rows contiguous, and one batch where there are lengths.
-
-    Here, below autograd, a view costs no node in its graph.
-    """
-    rows = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-    if s.cu_q is None:
-        return rows
-    return [x if x.shape[0] == 1 else x.reshape(1, -1, *x.shape[2:]) for x in rows]
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """The kernels read rows: the last dimension must be contiguous."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     *lengths, scale, dropout_p, kernel = problem
     s = Segments(*lengths)
-    flat_q, k, v = _flat(s, q, k, v)
-    out, lse, rng = get_kernel(kernel).forward(flat_q, k, v, s, scale=scale, dropout_p=dropout_p)
-    return out.view(q.shape), lse, rng
+    q, k, v = _rows(q, k, v)
+    return get_kernel(kernel).forward(q, k, v, s, scale=scale, dropout_p=dropout_p)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,12 +117,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *lengths, scale, dropout_p, kernel = problem
     s = Segments(*lengths)
-    shapes = [x.shape for x in (q, k, v)]
-    dout, q, k, v, out = _flat(s, dout.contiguous(), q, k, v, out)
+    q, k, v = _rows(q, k, v)
     grads = get_kernel(kernel).backward(
-        dout, q, k, v, out, lse, rng, s, scale=scale, dropout_p=dropout_p
+        dout.contiguous(), q, k, v, out, lse, rng, s, scale=scale, dropout_p=dropout_p
     )
-    dq, dk, dv = (x.contiguous().view(shape) for x, shape in zip(grads, shapes, strict=True))
+    dq, dk, dv = (x.contiguous() for x in grads)
     return dq, dk, dv
 
 

@@ -26,15 +26,18 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attend.
 
-        :param q: ``(b, t_q, h, d)``, last dimension contiguous; b is 1 where ``s`` has lengths.
+        Where ``s`` has lengths, they are about the flattened batch, ``(b * t, h, d)``.
+
+        :param q: ``(b, t_q, h, d)``, last dimension contiguous.
         :param k: ``(b, t_k, g, d)``; query head i reads key and value head ``i // (h // g)``.
         :param v: Like ``k``.
         :param scale: Factor of the scores.
         :param dropout_p: Probability that a weight is dropped.
         :returns: The output, like ``q`` and contiguous; the natural log-sum-exp of each query's
-            scaled scores, ``(b, h, t_q)``, float32 (float64 for float64), contiguous, -inf for a
-            query that sees no key (its output is 0); and the state with which backward draws the
-            same dropout, ``(2,)`` int64, or ``(0,)`` without dropout.
+            scaled scores, ``(b, h, t_q)``, or ``(1, h, b * t_q)`` with lengths, float32 (float64
+            for float64), contiguous, -inf for a query that sees no key (its output is 0); and the
+            state with which backward draws the same dropout, ``(2,)`` int64, or ``(0,)`` without
+            dropout.
         """
         ...
 

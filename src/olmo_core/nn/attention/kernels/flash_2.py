@@ -18,6 +18,7 @@ from olmo_core.nn.attention.kernels.library_args import (
     empty_backward,
     empty_forward,
     flat,
+    flat_lse,
     is_empty,
     may_have_empty_rows,
     window_offsets,
@@ -79,8 +80,7 @@ def _forward(
         out, lse, _, rng = lib._flash_attn_varlen_forward(
             *flat(s, q, k, v), s.cu_q, s.cu_k, s.max_q, s.max_k, **options
         )
-    out, lse = batched(s, out, lse)
-    return out, lse, rng
+    return *batched(s, q, out, lse), rng
 
 
 class Flash2Kernel:
@@ -93,7 +93,7 @@ class Flash2Kernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Kernel.forward`."""
         if is_empty(q, k):
-            return *empty_forward(q), torch_ops.no_rng(q)
+            return *empty_forward(q, s), torch_ops.no_rng(q)
         lib = _library_for(q)
         if lib is None:
             return torch_ops.cuda_flash_forward(q, k, v, s, scale=scale, dropout_p=dropout_p)
@@ -124,7 +124,7 @@ class Flash2Kernel:
             "alibi_slopes": None, "deterministic": torch.are_deterministic_algorithms_enabled(),
             "rng_state": rng if dropout_p else None,
         }  # fmt: skip
-        saved = flat(s, dout, q, k, v, out, lse)
+        saved = (*flat(s, dout, q, k, v, out), flat_lse(s, lse))
         grads = flat(s, dq, dk, dv)
         if s.cu_q is None:
             lib._flash_attn_backward(*saved, *grads, **options)

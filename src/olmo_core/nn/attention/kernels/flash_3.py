@@ -22,6 +22,7 @@ from olmo_core.nn.attention.kernels.library_args import (
     empty_backward,
     empty_forward,
     flat,
+    flat_lse,
     is_empty,
     window_offsets,
 )
@@ -68,13 +69,13 @@ class Flash3Kernel:
         """See :meth:`Kernel.forward`."""
         assert not dropout_p
         if is_empty(q, k):
-            return *empty_forward(q), torch_ops.no_rng(q)
+            return *empty_forward(q, s), torch_ops.no_rng(q)
         left, right = window_offsets(s, -1)
         out, lse, *_ = library()._flash_attn_forward(
             *flat(s, q, k, v), softmax_scale=scale, causal=s.causal, window_size_left=left,
             window_size_right=right, **_lengths(s),
         )  # fmt: skip
-        out, lse = batched(s, out, lse)
+        out, lse = batched(s, q, out, lse)
         return out, lse.contiguous(), torch_ops.no_rng(q)
 
     def backward(
@@ -90,8 +91,8 @@ class Flash3Kernel:
         left, right = window_offsets(s, -1)
         grads = dict(zip(("dq", "dk", "dv"), flat(s, dq, dk, dv), strict=True))
         library()._flash_attn_backward(
-            *flat(s, dout, q, k, v, out, lse), **grads, softmax_scale=scale, is_causal=s.causal,
-            window_size_left=left, window_size_right=right,
+            *flat(s, dout, q, k, v, out), flat_lse(s, lse), **grads, softmax_scale=scale,
+            is_causal=s.causal, window_size_left=left, window_size_right=right,
             deterministic=torch.are_deterministic_algorithms_enabled(), **_lengths(s),
         )  # fmt: skip
         return dq, dk, dv

@@ -18,6 +18,7 @@ from olmo_core.nn.attention.kernels.library_args import (
     empty_backward,
     empty_forward,
     flat,
+    flat_lse,
     is_empty,
     window_offsets,
 )
@@ -51,12 +52,12 @@ class Flash4Kernel:
         """See :meth:`Kernel.forward`."""
         assert not dropout_p
         if is_empty(q, k):
-            return *empty_forward(q), no_rng(q)
+            return *empty_forward(q, s), no_rng(q)
         # More values follow out and lse in newer versions.
         out, lse, *_ = library()._flash_attn_fwd(
             *flat(s, q, k, v), softmax_scale=scale, return_lse=True, **_mask(s)
         )
-        out, lse = batched(s, out, lse)
+        out, lse = batched(s, q, out, lse)
         return out, lse.contiguous(), no_rng(q)
 
     def backward(
@@ -66,13 +67,12 @@ class Flash4Kernel:
         """See :meth:`Kernel.backward`."""
         if is_empty(q, k):
             return empty_backward(q, k, v)
-        dout, q, k, v, out, lse = flat(s, dout, q, k, v, out, lse)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        grads = dict(zip(("dq", "dk", "dv"), flat(s, dq, dk, dv), strict=True))
         library()._flash_attn_bwd(
-            q, k, v, out, dout, lse, softmax_scale=scale, dq=dq, dk=dk, dv=dv,
+            *flat(s, q, k, v, out, dout), flat_lse(s, lse), **grads, softmax_scale=scale,
             deterministic=torch.are_deterministic_algorithms_enabled(), **_mask(s),
         )  # fmt: skip
-        dq, dk, dv = batched(s, dq, dk, dv)
         return dq, dk, dv
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "empty_backward",
     "empty_forward",
     "flat",
+    "flat_lse",
     "is_empty",
     "may_have_empty_rows",
     "sees_nothing",
@@ -23,13 +24,18 @@ __all__ = [
 
 
 def flat(s: Segments, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The libraries take flattened problems without their batch of 1."""
-    return tensors if s.cu_q is None else tuple(x[0] for x in tensors)
+    """The libraries take problems with lengths as ``(tokens, heads, head_dim)``."""
+    return tensors if s.cu_q is None else tuple(x.flatten(0, 1) for x in tensors)
 
 
-def batched(s: Segments, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The inverse of :func:`flat`."""
-    return tensors if s.cu_q is None else tuple(x[None] for x in tensors)
+def flat_lse(s: Segments, lse: Tensor) -> Tensor:
+    """A log-sum-exp as the libraries take it where there are lengths: ``(heads, tokens)``."""
+    return lse if s.cu_q is None else lse[0]
+
+
+def batched(s: Segments, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """A library's answer in the shapes of :class:`Kernel`."""
+    return (out, lse) if s.cu_q is None else (out.view(q.shape), lse[None])
 
 
 def window_offsets(s: Segments, unlimited: int | None) -> tuple[int | None, int | None]:
@@ -67,9 +73,9 @@ def without_queries(s: Segments, n_k: int) -> Tensor:
     return (s.cu_q[1:] - s.cu_q[:-1])[segment] == 0
 
 
-def empty_forward(q: Tensor) -> tuple[Tensor, Tensor]:
+def empty_forward(q: Tensor, s: Segments) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of queries that see no key."""
-    b, t, h, _ = q.shape
+    b, t, h, _ = q.shape if s.cu_q is None else (1, q.shape[0] * q.shape[1], *q.shape[2:])
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = torch.full((b, h, t), -math.inf, dtype=dtype, device=q.device)
     return torch.zeros_like(q, memory_format=torch.contiguous_format), lse

@@ -321,10 +321,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(*tensors, output[2])
     ctx.rest = (stats is not None, rotary_dim, width_q, width_k, per_head)
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # or the statistic is given a gradient of zeros
 
 
-def _differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, dq_out: Tensor | None, dk_out: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
     q, k, q_weight, k_weight, sin, cos, positions, rstd = ctx.saved_tensors
+    if dq_out is None and dk_out is None:
+        return (None,) * 13
+    dq_out = torch.zeros_like(q) if dq_out is None else dq_out
+    dk_out = torch.zeros_like(k) if dk_out is None else dk_out
     dq, dk, dq_weight, dk_weight, dstats = _CALL["qk_norm_rope_backward"](
         dq_out, dk_out, q, k, q_weight, k_weight, sin, cos, positions, rstd, *ctx.rest
     )

@@ -180,7 +180,7 @@ def _forward(
 def _backward_tiles(
     dout_ptr, x_ptr, dx_ptr, w_ptr, dw_ptr, rstd_ptr, dsquares_ptr, sin_ptr, cos_ptr,
     positions_ptr, program, programs, n_tokens, seq, dout_stride_b, dout_stride_t, dout_stride_h,
-    stride_b, stride_t, stride_h, stride_table, stride_positions, stride_parts, width,
+    stride_b, stride_t, stride_h, stride_table, stride_positions, width,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, BLOCK: tl.constexpr, WEIGHT: tl.constexpr,
     FIRST: tl.constexpr, STATS: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
     PAD: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr, GIVEN: tl.constexpr,
@@ -239,11 +239,11 @@ def _backward_tiles(
         by_head1, by_head2 = tl.sum(dw1, axis=0), tl.sum(dw2, axis=0)
         if PER_HEAD:
             c = tl.arange(0, PAD) < DIM // 2
-            row = dw_ptr + program * stride_parts
+            row = dw_ptr + program * DIM
             tl.store(row + first, tl.sum(by_head1, axis=0), mask=c)
             tl.store(row + second, tl.sum(by_head2, axis=0), mask=c)
         else:
-            at_head = dw_ptr + program * stride_parts + (heads * DIM)[:, None]
+            at_head = dw_ptr + program * (HEADS * DIM) + (heads * DIM)[:, None]
             c = (heads < HEADS)[:, None] & (tl.arange(0, PAD) < DIM // 2)[None, :]
             tl.store(at_head + first[None, :], by_head1, mask=c)
             tl.store(at_head + second[None, :], by_head2, mask=c)
@@ -255,7 +255,7 @@ def _backward(
     dq_weight_ptr, dk_weight_ptr, rstd_ptr, dsquares_ptr, sin_ptr, cos_ptr, positions_ptr,
     n_tokens, seq, dq_stride_b, dq_stride_t, dq_stride_h, dk_stride_b, dk_stride_t, dk_stride_h,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, stride_table,
-    stride_positions, stride_parts, width_q, width_k, programs_q,
+    stride_positions, width_q, width_k, programs_q,
     HEADS_Q: tl.constexpr, HEADS_Q_PAD: tl.constexpr, BLOCK_Q: tl.constexpr,
     HEADS_K: tl.constexpr, HEADS_K_PAD: tl.constexpr, BLOCK_K: tl.constexpr,
     WEIGHT_Q: tl.constexpr, WEIGHT_K: tl.constexpr, FIRST_K: tl.constexpr, STATS: tl.constexpr,
@@ -269,7 +269,7 @@ def _backward(
             dq_out_ptr, q_ptr, dq_ptr, q_weight_ptr, dq_weight_ptr, rstd_ptr, dsquares_ptr,
             sin_ptr, cos_ptr, positions_ptr, program, programs_q, n_tokens, seq,
             dq_stride_b, dq_stride_t, dq_stride_h, q_stride_b, q_stride_t, q_stride_h,
-            stride_table, stride_positions, stride_parts, width_q, HEADS_Q, HEADS_Q_PAD, BLOCK_Q,
+            stride_table, stride_positions, width_q, HEADS_Q, HEADS_Q_PAD, BLOCK_Q,
             WEIGHT_Q, 0, STATS, DIM, ROTARY, PAD, NORM, PER_HEAD, GIVEN, ROPE, POSITIONS, STAGES,
         )  # fmt: skip
     else:
@@ -277,7 +277,7 @@ def _backward(
             dk_out_ptr, k_ptr, dk_ptr, k_weight_ptr, dk_weight_ptr, rstd_ptr, dsquares_ptr,
             sin_ptr, cos_ptr, positions_ptr, program - programs_q, tl.num_programs(0) - programs_q,
             n_tokens, seq, dk_stride_b, dk_stride_t, dk_stride_h, k_stride_b, k_stride_t,
-            k_stride_h, stride_table, stride_positions, stride_parts, width_k, HEADS_K, HEADS_K_PAD,
+            k_stride_h, stride_table, stride_positions, width_k, HEADS_K, HEADS_K_PAD,
             BLOCK_K, WEIGHT_K, FIRST_K, STATS, DIM, ROTARY, PAD, NORM, PER_HEAD, GIVEN, ROPE,
             POSITIONS, STAGES,
         )  # fmt: skip
@@ -342,26 +342,24 @@ def launch_backward(
         most = multiprocessors(q.device) * _BACKWARD_PROGRAMS_PER_SM
         most_q = max(1, most * programs_q // max(1, programs_q + programs_k))
         programs_q, programs_k = min(programs_q, most_q), min(programs_k, max(1, most - most_q))
-    # A row for each program: the gradients of both weights side by side are one sum.
-    widths = [0 if w is None else w.shape[0] for w in (q_weight, k_weight)]
-    parts = torch.zeros(max(programs_q, programs_k), sum(widths), device=q.device)
-    dq_parts, dk_parts = parts.split(widths, dim=1)
+    # A row of a weight's gradient for each program, and then their sum.
+    dq_parts, dk_parts = (
+        None if w is None else torch.empty(n, w.shape[0], dtype=torch.float32, device=q.device)
+        for w, n in ((q_weight, programs_q), (k_weight, programs_k))
+    )
     if n_tokens > 0:
         _backward[(programs_q + programs_k,)](
             dq_out, dk_out, q, k, dq, dk, q_weight, k_weight, dq_parts, dk_parts, rstd, dsquares,
             sin, cos, positions, n_tokens, q.shape[1], *dq_out.stride()[:3], *dk_out.stride()[:3],
-            *q.stride()[:3], *k.stride()[:3], *_table_strides(sin, positions), sum(widths), width_q,
-            width_k, programs_q,
+            *q.stride()[:3], *k.stride()[:3], *_table_strides(sin, positions), width_q, width_k,
+            programs_q,
             WEIGHT_Q=q_weight is not None, WEIGHT_K=k_weight is not None, NORM=rstd is not None,
             GIVEN=given, ROPE=sin is not None, POSITIONS=positions is not None, STAGES=_STAGES,
             **sizes,
         )  # fmt: skip
-    # Copies, since an op's outputs may not share memory.
-    dweights = [
-        None if weight is None else part.to(weight.dtype, copy=True)
-        for weight, part in zip((q_weight, k_weight), parts.sum(0).split(widths), strict=True)
-    ]
-    return dq, dk, dweights[0], dweights[1], dsquares
+    dq_weight = None if dq_parts is None else dq_parts.sum(0).to(q_weight.dtype)
+    dk_weight = None if dk_parts is None else dk_parts.sum(0).to(k_weight.dtype)
+    return dq, dk, dq_weight, dk_weight, dsquares
 
 
 @lru_cache(maxsize=64)

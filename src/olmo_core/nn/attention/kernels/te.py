@@ -22,10 +22,10 @@ from torch import Tensor
 
 from olmo_core.nn.attention.kernels import blockwise
 from olmo_core.nn.attention.kernels.library_args import (
-    batched,
     empty_backward,
     empty_forward,
     flat,
+    flat_lse,
     is_empty,
     may_have_empty_rows,
     sees_nothing,
@@ -97,16 +97,17 @@ class TEKernel:
         """See :meth:`Kernel.forward`."""
         assert not dropout_p
         if is_empty(q, k):
-            return *empty_forward(q), no_rng(q)
+            return *empty_forward(q, s), no_rng(q)
         if _is_one_pair(s):
             return blockwise.forward(q, k, v, s, scale=scale)
         hidden = _hidden_queries(s, q, k)
         if hidden:
-            out, lse = empty_forward(q)
+            out, lse = empty_forward(q, s)
             tail = Segments.dense(k.shape[1], k.shape[1], window=s.window)
             seen = self.forward(q[:, hidden:], k, v, tail, scale=scale)
             out[:, hidden:], lse[..., hidden:] = seen[:2]
             return out, lse, no_rng(q)
+        shape = q.shape
         q, k, v = (x.contiguous() for x in flat(s, q, k, v))  # its layouts imply the strides
         options, lengths = _options(s, q, k, scale)
         out, aux, *_ = library().fused_attn_fwd(
@@ -119,7 +120,7 @@ class TEKernel:
                 empty = sees_nothing(s, q.shape[0])
                 lse = lse.masked_fill(empty, -math.inf)
                 out = out.masked_fill(empty[:, None, None], 0.0)
-        out, lse = batched(s, out, lse)
+            out, lse = out.view(shape), lse[None]
         return out, lse.contiguous(), no_rng(q)
 
     def backward(
@@ -138,8 +139,9 @@ class TEKernel:
             saved = (dout[:, hidden:], q[:, hidden:], k, v, out[:, hidden:], lse[..., hidden:])
             dq[:, hidden:], dk, dv = self.backward(*saved, rng, tail, scale=scale)
             return dq, dk, dv
+        shapes = [x.shape for x in (q, k, v)]
         dout, q, k, v, out = (x.contiguous() for x in flat(s, dout, q, k, v, out))
-        (lse,) = flat(s, lse)
+        lse = flat_lse(s, lse)
         empty = None
         if s.cu_q is not None:
             if may_have_empty_rows(s):
@@ -159,7 +161,7 @@ class TEKernel:
             # cuDNN leaves the gradients of keys without queries unwritten.
             alone = without_queries(s, k.shape[0])[:, None, None]
             dk, dv = dk.masked_fill(alone, 0.0), dv.masked_fill(alone, 0.0)
-        dq, dk, dv = batched(s, dq, dk, dv)
+        dq, dk, dv = (x.view(shape) for x, shape in zip((dq, dk, dv), shapes, strict=True))
         return dq, dk, dv
 
 

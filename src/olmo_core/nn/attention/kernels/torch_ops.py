@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.library_args import may_have_empty_rows
+from olmo_core.nn.attention.kernels.library_args import flat, flat_lse, may_have_empty_rows
 from olmo_core.nn.attention.segments import Segments
 
 __all__ = [
@@ -95,17 +95,15 @@ def cuda_flash_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention-2 as torch ships it: GQA, documents, windows. Causal is bottom-right."""
     head_dim = q.shape[-1]
-    q, k, v = _pad_head_dim(q, k, v)
+    shape = q.shape
+    q, k, v = _pad_head_dim(*flat(s, q, k, v))
     causal, window = _flash_args(s)
-    if s.cu_q is not None:
-        q, k, v = q[0], k[0], v[0]
     out, lse, rng, _, _ = _aten._flash_attention_forward(
         q, k, v, s.cu_q, s.cu_k, s.max_q, s.max_k, dropout_p, causal, False, scale=scale, **window
     )
-    if s.cu_q is not None:
-        out, lse = out[None], lse[None]
-    rng = rng.view(torch.int64) if dropout_p else no_rng(q)
-    return out[..., :head_dim].contiguous(), _empty_rows(lse, s, math.inf, -math.inf), rng
+    out = out[..., :head_dim].contiguous().view(shape)
+    lse = _empty_rows(lse if s.cu_q is None else lse[None], s, math.inf, -math.inf)
+    return out, lse, rng.view(torch.int64) if dropout_p else no_rng(q)
 
 
 def cuda_flash_backward(
@@ -123,11 +121,10 @@ def cuda_flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`cuda_flash_forward`; ``(out, lse)`` may be global."""
     head_dim = q.shape[-1]
-    dout, q, k, v, out = _pad_head_dim(dout.contiguous(), q, k, v, out)
+    shapes = [x.shape for x in (q, k, v)]
+    dout, q, k, v, out = _pad_head_dim(*flat(s, dout.contiguous(), q, k, v, out))
     causal, window = _flash_args(s)
-    lse = _empty_rows(lse, s, -math.inf, math.inf)
-    if s.cu_q is not None:
-        dout, q, k, v, out, lse = (x[0] for x in (dout, q, k, v, out, lse))
+    lse = flat_lse(s, _empty_rows(lse, s, -math.inf, math.inf))
     if dropout_p:
         seed, unused = rng.view(torch.uint64), rng.new_empty(0).view(torch.uint64)
     else:
@@ -136,8 +133,10 @@ def cuda_flash_backward(
         dout, q, k, v, out, lse, s.cu_q, s.cu_k, s.max_q, s.max_k, dropout_p, causal, seed, unused,
         scale=scale, **window,
     )  # fmt: skip
-    dq, dk, dv = (x[None] if s.cu_q is not None else x for x in grads)
-    return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
+    dq, dk, dv = (
+        x[..., :head_dim].contiguous().view(shape) for x, shape in zip(grads, shapes, strict=True)
+    )
+    return dq, dk, dv
 
 
 def _empty_rows(lse: Tensor, s: Segments, was: float, becomes: float) -> Tensor:

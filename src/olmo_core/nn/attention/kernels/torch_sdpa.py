@@ -37,18 +37,20 @@ class TorchKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`Kernel.forward`."""
         if is_empty(q, k):
-            return *empty_forward(q), torch_ops.no_rng(q)
-        match choose(q, k, s, dropout_p):
-            case "cudnn":
-                out, lse = torch_ops.cudnn_forward(q, k, v, is_causal=s.causal, scale=scale)
-                return out, lse, torch_ops.no_rng(q)
-            case "cuda_flash":
-                return torch_ops.cuda_flash_forward(q, k, v, s, scale=scale, dropout_p=dropout_p)
-            case "cpu_flash":
-                out, lse = _cpu_forward(q, k, v, s, scale)
-                return out, lse, torch_ops.no_rng(q)
-            case _:
-                return blockwise.forward(q, k, v, s, scale=scale, dropout_p=dropout_p)
+            return *empty_forward(q, s), torch_ops.no_rng(q)
+        form = choose(q, k, s, dropout_p)
+        if form == "cudnn":
+            out, lse = torch_ops.cudnn_forward(q, k, v, is_causal=s.causal, scale=scale)
+            return out, lse, torch_ops.no_rng(q)
+        if form == "cuda_flash":
+            return torch_ops.cuda_flash_forward(q, k, v, s, scale=scale, dropout_p=dropout_p)
+        shape, (q, k, v) = q.shape, _one_row(s, q, k, v)
+        if form == "cpu_flash":
+            out, lse = _cpu_forward(q, k, v, s, scale)
+            rng = torch_ops.no_rng(q)
+        else:
+            out, lse, rng = blockwise.forward(q, k, v, s, scale=scale, dropout_p=dropout_p)
+        return out.view(shape), lse, rng
 
     def backward(
         self,
@@ -67,18 +69,25 @@ class TorchKernel:
         """See :meth:`Kernel.backward`."""
         if is_empty(q, k):
             return empty_backward(q, k, v)
-        saved = (dout, q, k, v, out, lse)
-        match choose(q, k, s, dropout_p):
-            case "cudnn":
-                return torch_ops.cudnn_backward(*saved, is_causal=s.causal, scale=scale)
-            case "cuda_flash":
-                return torch_ops.cuda_flash_backward(
-                    *saved, rng, s, scale=scale, dropout_p=dropout_p
-                )
-            case "cpu_flash":
-                return _cpu_backward(*saved, s, scale)
-            case _:
-                return blockwise.backward(*saved, rng, s, scale=scale, dropout_p=dropout_p)
+        form = choose(q, k, s, dropout_p)
+        if form == "cudnn":
+            return torch_ops.cudnn_backward(
+                dout, q, k, v, out, lse, is_causal=s.causal, scale=scale
+            )
+        if form == "cuda_flash":
+            return torch_ops.cuda_flash_backward(
+                dout, q, k, v, out, lse, rng, s, scale=scale, dropout_p=dropout_p
+            )
+        shapes = [x.shape for x in (q, k, v)]
+        dout, q, k, v, out = _one_row(s, dout, q, k, v, out)
+        if form == "cpu_flash":
+            grads = _cpu_backward(dout, q, k, v, out, lse, s, scale)
+        else:
+            grads = blockwise.backward(
+                dout, q, k, v, out, lse, rng, s, scale=scale, dropout_p=dropout_p
+            )
+        dq, dk, dv = (x.view(shape) for x, shape in zip(grads, shapes, strict=True))
+        return dq, dk, dv
 
 
 def choose(q: Tensor, k: Tensor, s: Segments, dropout_p: float) -> str:
@@ -104,6 +113,13 @@ def _cudnn_fits(q: Tensor, k: Tensor) -> bool:
         and torch.backends.cudnn.is_available()
         and torch.cuda.get_device_capability(q.device) >= _HOPPER
     )
+
+
+def _one_row(s: Segments, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The flattened batch as its only row, where there are lengths."""
+    if s.cu_q is None:
+        return tensors
+    return tuple(x if x.shape[0] == 1 else x.flatten(0, 1)[None] for x in tensors)
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
