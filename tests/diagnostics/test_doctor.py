@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from olmo_core.diagnostics import doctor, extras
+from olmo_core.diagnostics.kernel_checks import CHECKS
+from olmo_core.diagnostics.verify import KERNEL, Cell, Outcome
 from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment, Feature
 from olmo_core.nn.attention.kernels import get_kernel, register_kernel
 from olmo_core.nn.attention.probe import _probe
@@ -68,6 +70,31 @@ def test_this_machine() -> None:
     }
     assert all(row.backend == "torch" and row.form and row.reason for row in report.choices)
     json.dumps(report.as_dict())
+
+
+def test_processes_try_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where kernels compile and libraries crash."""
+    announced: list[str] = []
+    tried = doctor._try_in_processes(Environment(), CPU, announced.append, jobs=2)
+    assert set(tried) == {"torch"}
+    assert set(announced) == {f"torch: {feature}" for feature in CHECKS}
+    together = doctor._backend(
+        CAPABILITIES["torch"], Environment(), CPU, announced.append, tried["torch"]
+    )
+    assert together == doctor._backend(CAPABILITIES["torch"], Environment(), CPU)
+    assert len(announced) == len(Feature)
+
+
+def test_what_a_process_found_is_in_the_row() -> None:
+    tried = {**dict.fromkeys(Feature, ""), Feature.lse: "its process died: SIGSEGV."}
+    row = doctor._backend(CAPABILITIES["torch"], Environment(), CPU, tried=tried)
+    assert row.works
+    assert row.features[Feature.lse] == doctor.Tick("failed", "its process died: SIGSEGV.")
+    cell = Cell(KERNEL, "te", torch.bfloat16, "lse")
+    assert doctor._complaint(Outcome(cell, "passed", 0.1, 0.2, "dq")) == ""
+    assert doctor._complaint(Outcome(cell, "failed", 0.3, 0.2, "dq")) == (
+        "dq is off by 3.0e-01, more than 2.0e-01"
+    )
 
 
 @pytest.mark.parametrize("name", ["flash_2", "flash_3", "flash_4", "te"])

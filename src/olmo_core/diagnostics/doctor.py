@@ -5,7 +5,8 @@ Nothing here raises for what a machine lacks, or for what a library does wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from olmo_core.diagnostics.extras import EXTRAS, Extra
 from olmo_core.diagnostics.kernel_checks import CHECKS, Place
 from olmo_core.diagnostics.machine import Machine, describe, probe_head_dim
 from olmo_core.diagnostics.measures import worst
+from olmo_core.diagnostics.verify import KERNEL, Cell, Outcome
+from olmo_core.diagnostics.verify_processes import run_in_processes
 from olmo_core.nn.attention.capabilities import (
     CAPABILITIES,
     Capabilities,
@@ -27,6 +30,8 @@ from olmo_core.nn.attention.capabilities import (
 )
 
 __all__ = ["CASES", "BackendRow", "ChoiceRow", "Report", "Tick", "examine", "steps"]
+
+_UNTRIED = "not tried: it needs several processes"
 
 CASES: dict[str, frozenset[Feature]] = {
     "full": frozenset({Feature.backward}),
@@ -104,7 +109,11 @@ def examine(device: torch.device, announce: Callable[[str], None] = lambda name:
     :param announce: Called with the name of each thing before it is tried.
     """
     environment = Environment.detect(device)
-    backends = [_backend(c, environment, device, announce) for c in CAPABILITIES.values()]
+    several = device.type == "cuda"  # kernels compile there, and a library may crash
+    tried = _try_in_processes(environment, device, announce) if several else {}
+    backends = [
+        _backend(c, environment, device, announce, tried.get(c.name)) for c in CAPABILITIES.values()
+    ]
     extras = []
     for name in EXTRAS:
         announce(name)
@@ -118,38 +127,91 @@ def _backend(
     environment: Environment,
     device: torch.device,
     announce: Callable[[str], None] = lambda name: None,
+    tried: Mapping[Feature, str] | None = None,
 ) -> BackendRow:
-    # What is trained in: half precision on a GPU. A CPU computes in float32.
-    dtype = torch.bfloat16 if device.type == "cuda" or c.name != "torch" else torch.float32
-    place = Place(c.name, device, dtype, probe_head_dim(device))
+    """A row of the report.
+
+    :param tried: What went wrong for each feature, or nothing, where that is known already.
+    """
+    place = _place(c, device)
+
+    def failure_of(feature: Feature) -> str:
+        return _failure(place, feature) if tried is None else tried[feature]
+
     reasons = installation_reasons(c, environment)
     cause, mend = (reasons[0], _mend(c, environment)) if reasons else ("", "")
     features: dict[str, Tick] = {}
-    if not cause and (failure := _failure(place, Feature.backward)):
+    if not cause and (failure := failure_of(Feature.backward)):
         cause, mend = failure, _reinstall(c)
     for feature in Feature:
-        announce(f"{c.name}: {feature}")  # each may compile for half a minute
+        if tried is None or feature not in CHECKS:
+            announce(f"{c.name}: {feature}")
         if cause:
             features[feature] = Tick("no", cause)
         elif refused := feature_reasons(c, [feature]):
             features[feature] = Tick("no", refused[0].partition(": ")[2])
-        elif failure := _failure(place, feature):
+        elif failure := failure_of(feature):
             features[feature] = Tick("failed", failure)
         else:
             features[feature] = Tick("yes")
-    return BackendRow(c.name, c.title, not cause, str(DType.from_pt(dtype)), cause, mend, features)
+    return BackendRow(
+        c.name, c.title, not cause, str(DType.from_pt(place.dtype)), cause, mend, features
+    )
+
+
+def _place(c: Capabilities, device: torch.device) -> Place:
+    # What is trained in: half precision on a GPU. A CPU computes in float32.
+    dtype = torch.bfloat16 if device.type == "cuda" or c.name != "torch" else torch.float32
+    return Place(c.name, device, dtype, probe_head_dim(device))
 
 
 def _failure(place: Place, feature: Feature) -> str:
     """What goes wrong, or nothing."""
     check = CHECKS.get(feature)
     if check is None:
-        return "not tried: it needs several processes"
+        return _UNTRIED
     try:
         w = worst(check(place))
     except Exception as e:  # whatever a library does wrong is the answer
         return _first_line(e)
-    return "" if w.passed else f"{w.what} is off by {w.error:.1e}, more than {w.bound:.1e}"
+    return "" if w.passed else _off(w.what, w.error, w.bound)
+
+
+def _try_in_processes(
+    environment: Environment,
+    device: torch.device,
+    announce: Callable[[str], None],
+    jobs: int = max(1, min(8, (os.cpu_count() or 1) // 2)),
+) -> dict[str, dict[Feature, str]]:
+    """:func:`_failure` of each backend that is installed and each feature, by several processes."""
+    places = {
+        c.name: _place(c, device)
+        for c in CAPABILITIES.values()
+        if not installation_reasons(c, environment)
+    }
+    tried = {name: dict.fromkeys(Feature, _UNTRIED) for name in places}
+    # What compiles longest comes first.
+    todo = [
+        Cell(KERNEL, name, places[name].dtype, str(feature))
+        for name in sorted(places)
+        for feature in CHECKS
+    ]
+    for outcome in run_in_processes(todo, device, jobs, together=lambda cell: cell):
+        announce(f"{outcome.cell.backend}: {outcome.cell.prop}")
+        tried[outcome.cell.backend][Feature(outcome.cell.prop)] = _complaint(outcome)
+    return tried
+
+
+def _complaint(outcome: Outcome) -> str:
+    if outcome.reasons:
+        return outcome.reasons[0]
+    if outcome.status == "passed" or outcome.error is None or outcome.bound is None:
+        return ""
+    return _off(outcome.tensor, outcome.error, outcome.bound)
+
+
+def _off(what: str, error: float, bound: float) -> str:
+    return f"{what} is off by {error:.1e}, more than {bound:.1e}"
 
 
 def _mend(c: Capabilities, environment: Environment) -> str:

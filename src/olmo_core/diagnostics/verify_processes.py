@@ -1,6 +1,7 @@
 """``verify`` in several processes: faster, and a crash in a library costs one cell.
 
 Each process checks one layer on one backend at a time, in whatever order they become free.
+``doctor`` has its ticks from here too, a feature at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from multiprocessing.connection import Connection, wait
@@ -35,17 +36,24 @@ class _Worker:
     """Given to it and not answered yet; the first is the one that it checks."""
 
 
+def _layer(cell: Cell) -> tuple[str, str]:
+    return cell.backend, cell.mixer
+
+
 def run_in_processes(
-    todo: Sequence[Cell], device: torch.device, jobs: int, run: Run = run
+    todo: Sequence[Cell],
+    device: torch.device,
+    jobs: int,
+    run: Run = run,
+    together: Callable[[Cell], Hashable] = _layer,
 ) -> Iterator[Outcome]:
     """The outcomes of :func:`.verify.run`, in no order.
 
     :param jobs: How many processes, at most.
     :param run: What each of them does; importable by name.
+    :param together: Neighbours that are alike in this go to one process.
     """
-    groups = deque(
-        list(cells) for _, cells in groupby(todo, key=lambda cell: (cell.backend, cell.mixer))
-    )
+    groups = deque(list(cells) for _, cells in groupby(todo, key=together))
     threads = max(1, (os.cpu_count() or 1) // jobs)
     workers: list[_Worker] = []
     try:

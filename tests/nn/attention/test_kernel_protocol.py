@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -139,6 +140,25 @@ def test_key_blocks_merge_and_their_gradients_add_up(kernel: Kernel, dtype: torc
     bound = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     for got, expected in zip((out, dq, torch.cat(dk, 1), torch.cat(dv, 1)), want):
         assert relative(got, expected) < bound
+
+
+@pytest.mark.parametrize("ends", [(20, 70, 71, 150), range(2, 151, 2)], ids=["few", "tiny"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_lengths_are_about_the_flattened_batch(ends: Sequence[int], dtype: torch.dtype) -> None:
+    """The first document crosses no row, the second does."""
+    kernel = KERNELS["torch"]
+    q, dout = (torch.randn(3, 50, 4, 8, dtype=dtype) for _ in range(2))
+    k, v = torch.randn(2, 3, 50, 2, 8, dtype=dtype)
+    cu = torch.tensor([0, *ends], dtype=torch.int32)
+    for s in (Segments.documents(cu, 79), Segments.documents(cu, 79, window=3)):
+        out, lse, rng = kernel.forward(q, k, v, s, scale=SCALE)
+        grads = kernel.backward(dout, q, k, v, out, lse, rng, s, scale=SCALE)
+        assert out.shape == q.shape and [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+        row = [x.flatten(0, 1)[None] for x in (q, k, v, dout)]
+        want, want_lse, rng = kernel.forward(*row[:3], s, scale=SCALE)
+        assert torch.equal(out.view(want.shape), want) and torch.equal(lse, want_lse)
+        one_row = kernel.backward(row[3], *row[:3], want, want_lse, rng, s, scale=SCALE)
+        assert all(torch.equal(a.view(b.shape), b) for a, b in zip(grads, one_row, strict=True))
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)

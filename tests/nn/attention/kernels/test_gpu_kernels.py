@@ -190,6 +190,24 @@ def test_heads_and_dtypes(
 
 
 @pytest.mark.parametrize("name", KERNELS)
+def test_lengths_are_about_the_flattened_batch(name: str) -> None:
+    """The second document crosses a row."""
+    kernel = kernel_or_skip(name, 64, torch.bfloat16, Feature.documents)
+    q, k, v, dout = tensors(3, 50, 50, 4, 2, 64, torch.bfloat16)
+    s = Segments.documents(cu(20, 70, 71, 150), 79)
+    out, lse, rng = kernel.forward(q, k, v, s, scale=0.1)
+    grads = kernel.backward(dout, q, k, v, out, lse, rng, s, scale=0.1)
+    assert out.shape == q.shape and [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+    row = [x.flatten(0, 1)[None] for x in (q, k, v)]
+    want, want_lse, rng = kernel.forward(*row, s, scale=0.1)
+    assert torch.equal(out.view(want.shape), want) and torch.equal(lse, want_lse)
+    dout = dout.view(want.shape)
+    one_row = kernel.backward(dout, *row, want, want_lse, rng, s, scale=0.1)
+    for a, b in zip(grads, one_row, strict=True):
+        assert error(a.view(b.shape), b) < 1e-3  # atomic additions come in any order
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_two_key_blocks_merge(name: str) -> None:
     """Keys in two blocks, merged; then each block's gradients from the global out and lse."""
     kernel = kernel_or_skip(name, 128, torch.bfloat16, Feature.lse, Feature.documents)

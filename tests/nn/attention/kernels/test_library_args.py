@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from olmo_core.nn.attention.kernels.library_args import (
     batched,
+    empty_forward,
     flat,
+    flat_lse,
     may_have_empty_rows,
     sees_nothing,
     window_offsets,
@@ -47,8 +49,17 @@ def test_windows_become_inclusive_offsets() -> None:
     assert window_offsets(Segments.dense(9, 9, window=9), None) == (None, None)
 
 
-def test_flattened_problems_lose_their_batch_of_one() -> None:
-    x = torch.ones(1, 4, 2)
-    s = Segments.documents(cumulative([4]), 4)
-    assert flat(s, x)[0].shape == (4, 2) and batched(s, *flat(s, x))[0].shape == x.shape
-    assert flat(Segments.dense(4, 4), x)[0] is x
+def test_problems_with_lengths_are_flattened_and_answers_are_not() -> None:
+    q = torch.ones(2, 4, 3, 5)
+    s = Segments.documents(cumulative([7, 1]), 7)
+    (flat_q,) = flat(s, q)
+    assert flat_q.shape == (8, 3, 5) and flat_q.data_ptr() == q.data_ptr()
+    out, lse = batched(s, q, flat_q, torch.zeros(3, 8))
+    assert out.shape == q.shape and lse.shape == (1, 3, 8)
+    assert torch.equal(flat_lse(s, lse), lse[0])
+    empty, nothing = empty_forward(q, s)
+    assert empty.shape == q.shape and nothing.shape == (1, 3, 8)
+    dense = Segments.dense(4, 4)
+    assert flat(dense, q)[0] is q and flat_lse(dense, lse) is lse
+    assert batched(dense, q, q, lse) == (q, lse)
+    assert empty_forward(q, dense)[1].shape == (2, 3, 4)
