@@ -129,6 +129,8 @@ def ours(backend: str, case: str) -> Callable[[Tensor], Tensor]:
 
 
 def step(layer: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    module = layer.func if isinstance(layer, functools.partial) else layer
+    assert isinstance(module, nn.Module)
     inputs = [
         torch.randn(BATCH, TOKENS, D_MODEL, device="cuda", dtype=DTYPE).requires_grad_()
         for _ in range(2)
@@ -136,7 +138,8 @@ def step(layer: Callable[[Tensor], Tensor]) -> dict[str, float]:
     dout = torch.randn_like(inputs[0])
 
     def run(x: Tensor) -> None:
-        x.grad = None
+        for leaf in (x, *module.parameters()):
+            leaf.grad = None
         layer(x).backward(dout)
 
     calls = [functools.partial(run, x) for x in inputs]
