@@ -1,10 +1,11 @@
 """One decoding step of attention: a bandwidth benchmark.
 
-Each of 32 rows has 8192 cached tokens of 4 kv heads x 128 in bf16, and one new query of 16 heads.
-The step must read 512 MiB of keys and values and does next to no arithmetic, so the floor is those
-bytes at the rate at which a copy moves bytes. Eager time includes launching from Python; a CUDA
-graph's does not. Rivals of the same run: flash-attn 2's ``flash_attn_with_kvcache``, and SDPA with
-a mask.
+Each of 32 rows has 8191 cached tokens of 4 kv heads x 128 in bf16, and one new token of 16 query
+heads, whose key and value the step stores. The step must read 512 MiB of keys and values and does
+next to no arithmetic, so the floor is those bytes at the rate at which a copy moves bytes. Eager
+time includes launching from Python; a CUDA graph's does not. "backend" is a whole call of a backend
+with its cache, and "decode" the kernels. Rivals of the same run: flash-attn 2's
+``flash_attn_with_kvcache``, and SDPA with a mask, over a cache that has the new token already.
 """
 
 from __future__ import annotations
@@ -16,39 +17,80 @@ import torch
 from torch import Tensor
 
 from benchmarks._gpu import Report, captured, copy_tbs, median_ms, require_cuda
+from olmo_core.nn.attention import AttentionBackendName
 from olmo_core.nn.attention.decode import masked
 from olmo_core.nn.attention.kernels.decode_triton import decode
+from olmo_core.nn.attention.kv_cache import KVCacheManager
 
 HEADS, KV_HEADS, HEAD_DIM = 16, 4, 128
 CASES = ((32, 8192), (1, 8192), (8, 32768), (32, 1024))
-DTYPE = torch.bfloat16
+DTYPE, SCALE = torch.bfloat16, HEAD_DIM**-0.5
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Step = Callable[[], Tensor]
 
 
-def with_kvcache(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+def new_token(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (
+        torch.randn(batch, 1, h, HEAD_DIM, device="cuda", dtype=DTYPE)
+        for h in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    return q, k, v
+
+
+def caches(batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+    shape = (batch, tokens, KV_HEADS, HEAD_DIM)
+    keys, values = (torch.randn(shape, device="cuda", dtype=DTYPE) for _ in range(2))
+    return keys, values
+
+
+def kernels(batch: int, tokens: int) -> Step:
+    before = torch.tensor(tokens - 1, dtype=torch.int32, device="cuda")
+    leftpad = torch.zeros(batch, dtype=torch.int32, device="cuda")
+    step = functools.partial(decode, *new_token(batch), *caches(batch, tokens), before, leftpad)
+    return functools.partial(step, scale=SCALE)
+
+
+def backend(batch: int, tokens: int) -> Step:
+    # The longer the cache, the more often the step can be timed; it reads what is stored alone.
+    attention = AttentionBackendName.torch.build(
+        head_dim=HEAD_DIM, n_heads=HEADS, n_kv_heads=KV_HEADS
+    )
+    cache = KVCacheManager(batch, tokens + 100, KV_HEADS, HEAD_DIM, "cuda", DTYPE)
+    qkv = new_token(batch)
+    cache.reserve(tokens - 1)
+    cache.update_seqlen(tokens - 1)
+    return lambda: attention(qkv, kv_cache_manager=cache)
+
+
+def flash_2(batch: int, tokens: int) -> Step:
     from flash_attn import flash_attn_with_kvcache
 
-    return flash_attn_with_kvcache(q, k, v, cache_seqlens=ends, causal=True)
+    q, k, v = new_token(batch)
+    before = torch.full((batch,), tokens - 1, dtype=torch.int32, device="cuda")
+    step = functools.partial(flash_attn_with_kvcache, q, *caches(batch, tokens), k=k, v=v)
+    return functools.partial(step, cache_seqlens=before, causal=True)
 
 
-STEPS: dict[str, Step] = {
-    "decode": functools.partial(decode, scale=HEAD_DIM**-0.5),
-    "flash-attn 2": with_kvcache,
-    "masked SDPA": functools.partial(masked, scale=HEAD_DIM**-0.5),
+def sdpa(batch: int, tokens: int) -> Step:
+    q, _, _ = new_token(batch)
+    first = torch.zeros(batch, dtype=torch.int32, device="cuda")
+    stop = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
+    return functools.partial(masked, q, *caches(batch, tokens), first, stop, scale=SCALE)
+
+
+STEPS: dict[str, Callable[[int, int], Step]] = {
+    "decode": kernels,
+    "backend": backend,
+    "flash-attn 2": flash_2,
+    "masked SDPA": sdpa,
 }
 
 
-def measure(step: Step, batch: int, tokens: int, tbs: float) -> dict[str, float]:
-    shape = (batch, tokens, KV_HEADS, HEAD_DIM)
+def measure(
+    step: Callable[[int, int], Step], batch: int, tokens: int, tbs: float
+) -> dict[str, float]:
     copies = 2 if batch * tokens > 2**17 else 4
-    starts = torch.zeros(batch, dtype=torch.int32, device="cuda")
-    ends = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
-    calls = []
-    for _ in range(copies):
-        q = torch.randn(batch, 1, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
-        k, v = (torch.randn(shape, device="cuda", dtype=DTYPE) for _ in range(2))
-        calls.append(functools.partial(step, q, k, v, starts, ends))
+    calls = [step(batch, tokens) for _ in range(copies)]
     floor = 2 * batch * tokens * KV_HEADS * HEAD_DIM * 2 / tbs / 1e9
     eager = median_ms(calls, samples=40)
     graphed = median_ms([captured(call) for call in calls], samples=40)

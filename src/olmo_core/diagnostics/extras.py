@@ -59,13 +59,12 @@ def _decode(device: torch.device) -> tuple[str, str]:
     from olmo_core.nn.attention.kernels import decode_triton
 
     q = torch.randn(1, 1, 2, 64, device=device)
-    cache = torch.randn(1, 40, 1, 64, device=device)
+    cache, new = (torch.randn(1, n, 1, 64, device=device) for n in (40, 1))
     if reason := decode_triton.unsupported(q, cache):
         return "", reason
-    first = torch.tensor([3], device=device, dtype=torch.int32)
-    stop = torch.tensor([30], device=device, dtype=torch.int32)
-    out = decode_triton.decode(q, cache, cache, first, stop, scale=0.125)
-    keys = cache[:, 3:30].transpose(1, 2)
+    seqlen, leftpad = (torch.tensor(x, device=device, dtype=torch.int32) for x in (29, [3]))
+    out = decode_triton.decode(q, new, new, cache, cache, seqlen, leftpad, scale=0.125)
+    keys = torch.cat([cache[:, 3:29], new], dim=1).transpose(1, 2)
     want = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2), keys, keys, scale=0.125, enable_gqa=True
     ).transpose(1, 2)

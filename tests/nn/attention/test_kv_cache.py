@@ -82,6 +82,18 @@ def test_rollback_forgets_drafts(make: Any, window: int | None) -> None:
     assert relative(torch.cat(out, dim=1), want) < 1e-12
 
 
+@pytest.mark.parametrize("max_seq_len", [10, 11, 12])
+def test_a_window_holds_where_the_cache_is_no_ring(max_seq_len: int) -> None:
+    """With room for rollback a window's slots may be as many as there are tokens."""
+    layer = LAYERS["attention"](window_size=6, dtype=torch.float64).double().eval()
+    x = torch.randn(2, 10, 16, dtype=torch.float64)
+    with torch.no_grad():
+        want = layer(x)
+        layer.init_kv_cache_manager(2, max_seq_len, max_rollback=5)
+        got = torch.cat([layer(x[:, t, None]) for t in range(10)], dim=1)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-10)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_step_reads_only_what_it_needs(window: int | None) -> None:
     """Slots beyond the tokens so far, and padding, hold NaN here: nothing may read them."""

@@ -302,9 +302,7 @@ class AttentionBackend(nn.Module, ABC):
         if runs_eagerly(q.device):
             cache.reserve(n)
         if one_query:
-            cache.append(k, v)
-            cache.update_seqlen(1)
-            return decode(q, cache, scale=self.scale)
+            return decode(q, k, v, cache, scale=self.scale)
         k, v, segments = cache.problem(k, v)
         with torch.autocast(q.device.type, enabled=False):
             return attend(q, k, v, segments, scale=self.scale, kernel=kernel)

@@ -11,31 +11,34 @@ import math
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
+from olmo_core.nn.attention.kernels import decode_triton
 from olmo_core.nn.attention.kv_cache import KVCacheManager
 
 __all__ = ["decode"]
 
 
-def decode(q: Tensor, cache: KVCacheManager, *, scale: float) -> Tensor:
-    """Attend to all that the last stored token sees.
+def decode(q: Tensor, k: Tensor, v: Tensor, cache: KVCacheManager, *, scale: float) -> Tensor:
+    """Store the next token of each row and attend to all that it sees.
 
     :param q: ``(batch, 1, n_heads, head_dim)``, in the cache's dtype.
-    :param cache: After its ``append`` and ``update_seqlen``.
+    :param k: ``(batch, 1, n_kv_heads, head_dim)``.
+    :param v: Like ``k``.
+    :param cache: Is one token longer afterwards.
     :returns: Like ``q``. A row that is still padding gives 0.
     """
+    if decode_triton.unsupported(q, cache.k_cache) is None:
+        out = decode_triton.decode(
+            q, k.to(cache.dtype), v.to(cache.dtype), cache.k_cache, cache.v_cache,
+            cache.cache_seqlens, cache.cache_leftpad, scale=scale,
+            window=-1 if cache.is_ring else cache.window, is_ring=cache.is_ring,
+        )  # fmt: skip
+        cache.update_seqlen(1)
+        return out
+    cache.append(k, v)
+    cache.update_seqlen(1)
     first, stop, at_most = cache.visible_slots()
     keys, values = cache.k_cache[:, :at_most], cache.v_cache[:, :at_most]
-    if _has_triton_kernel(q):
-        from olmo_core.nn.attention.kernels.decode_triton import decode as split_kv
-
-        return split_kv(q, keys, values, first, stop, scale=scale)
     return masked(q, keys, values, first, stop, scale=scale)
-
-
-def _has_triton_kernel(q: Tensor) -> bool:
-    half_or_single = q.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return q.device.type == "cuda" and half_or_single and triton_refusal(q) is None
 
 
 def masked(

@@ -174,6 +174,8 @@ class KVCacheManager(DecodingCache):
         first, stop = self.cache_leftpad, self.cache_seqlens.expand_as(self.cache_leftpad)
         if self.is_ring:
             first, stop = torch.zeros_like(first), (stop - first).clamp(0, self.slots)
+        elif self.window > 0:
+            first = torch.maximum(first, stop - self.window)
         return torch.minimum(first, stop), stop, self._slots_in_use()
 
     def _slots_in_use(self) -> int:

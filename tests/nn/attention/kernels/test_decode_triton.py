@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.decode import decode as decode_step
 from olmo_core.nn.attention.kernels import decode_triton
 from olmo_core.nn.attention.kernels.decode_triton import decode, n_splits, unsupported
+from olmo_core.nn.attention.kv_cache import KVCacheManager
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = unsupported(*(torch.empty(1, 1, 1, 16, device=DEVICE),) * 2)
@@ -23,65 +25,109 @@ pytestmark = [
 
 
 def definition(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, scale: float, window: int
-) -> Tensor:
-    """One softmax per row, query and head, in float64."""
+    q: Tensor, keys: Tensor, values: Tensor, position: int, leftpad: Tensor, scale: float,
+    window: int,
+) -> Tensor:  # fmt: skip
+    """One softmax per row and head, in float64, over keys in order of position."""
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
-    group = q.shape[2] // k.shape[2]
-    for b in range(q.shape[0]):
-        for i in range(q.shape[1]):
-            stop = int(ends[b]) - (q.shape[1] - 1 - i)
-            start = int(starts[b]) if window < 0 else max(int(starts[b]), stop - window)
-            if stop <= start:
-                continue
-            keys, values = (x[b, start:stop].double().repeat_interleave(group, 1) for x in (k, v))
-            weights = (torch.einsum("hd,shd->hs", q[b, i].double(), keys) * scale).softmax(-1)
-            out[b, i] = torch.einsum("hs,shd->hd", weights, values)
+    group = q.shape[2] // keys.shape[2]
+    for b, pad in enumerate(leftpad.tolist()):
+        start = pad if window < 0 else max(pad, position + 1 - window)
+        if start > position:
+            continue
+        k, v = (
+            x[b, start : position + 1].double().repeat_interleave(group, 1) for x in (keys, values)
+        )
+        weights = (torch.einsum("hd,shd->hs", q[b, 0].double(), k) * scale).softmax(-1)
+        out[b, 0] = torch.einsum("hs,shd->hd", weights, v)
     return out
 
 
-def cache(
-    starts: Tensor, ends: Tensor, slots: int, heads: int, dim: int, dtype: torch.dtype
+def cache_before(
+    tokens: Tensor, position: int, leftpad: Tensor, slots: int, is_ring: bool
 ) -> Tensor:
-    """Random where visible and NaN elsewhere; heads and slots are transposed in memory."""
-    x = torch.full((len(starts), heads, slots, dim), math.nan, dtype=dtype, device=DEVICE)
+    """The tokens before ``position`` in their slots, and NaN elsewhere; heads and slots are
+    transposed in memory."""
+    batch, _, heads, dim = tokens.shape
+    x = torch.full((batch, heads, slots, dim), math.nan, dtype=tokens.dtype, device=DEVICE)
     x = x.transpose(1, 2)
-    for b, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-        x[b, start:end] = torch.randn(max(end - start, 0), heads, dim, dtype=dtype, device=DEVICE)
+    for b, pad in enumerate(leftpad.tolist()):
+        for p in range(pad, position):
+            x[b, (p - pad) % slots if is_ring else p] = tokens[b, p]
     return x
 
 
 @needs_kernel
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "queries", "window", "splits"),
+    ("heads", "kv_heads", "dim", "window", "slots", "splits"),
     [
-        (4, 2, 32, 1, -1, 1),
-        (4, 2, 24, 3, 7, 3),  # head_dim padded, a window that moves with the query
-        (8, 1, 64, 8, -1, 5),  # more splits than some rows have slots
-        (16, 4, 128, 1, 100, 4),
-        (3, 3, 16, 2, 1, 2),
-        (6, 2, 96, 4, -1, 2),
+        (4, 2, 32, -1, 200, 1),
+        (4, 2, 24, 7, 150, 3),  # head_dim padded; a window without a ring
+        (8, 1, 64, -1, 131, 5),  # more splits than some rows have slots
+        (16, 4, 128, 100, 100, 4),  # a ring, full
+        (3, 3, 16, 1, 1, 2),
+        (6, 2, 96, 140, 140, 2),  # a ring, not full
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_decode_is_the_definition(
-    heads: int, kv_heads: int, dim: int, queries: int, window: int, splits: int,
+    heads: int, kv_heads: int, dim: int, window: int, slots: int, splits: int,
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter has no bf16 products")
     monkeypatch.setattr(decode_triton, "n_splits", lambda *_: splits)
-    slots = 200
-    starts = torch.tensor([3, 0, 17, 60], dtype=torch.int32, device=DEVICE)
-    ends = torch.tensor([3, 200, 130, 61], dtype=torch.int32, device=DEVICE)  # empty, full, ...
-    q = torch.randn(4, queries, heads, dim, dtype=dtype, device=DEVICE)
-    k, v = (cache(starts, ends, slots, kv_heads, dim, dtype) for _ in range(2))
-    got = decode(q, k, v, starts, ends, scale=0.3, window=window)
-    want = definition(q, k, v, starts, ends, 0.3, window)
+    position, is_ring = 130, slots == window
+    leftpad = torch.tensor([131, 0, 17, 130, 129], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(5, 1, heads, dim, dtype=dtype, device=DEVICE)
+    keys, values = torch.randn(2, 5, 131, kv_heads, dim, dtype=dtype, device=DEVICE)
+    k_cache, v_cache = (cache_before(x, position, leftpad, slots, is_ring) for x in (keys, values))
+    seqlen = torch.tensor(position, dtype=torch.int32, device=DEVICE)
+    k, v = keys[:, -1:], values[:, -1:]
+    got = decode(
+        q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.3, window=window, is_ring=is_ring
+    )
+    want = definition(q, keys, values, position, leftpad, 0.3, window)
     bound = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
     assert got.dtype == dtype and got.is_contiguous()
     assert not got[0].any()
     assert ((got.double() - want).norm() / want.norm()).item() < bound
+    for cache, new, tokens in ((k_cache, k, keys), (v_cache, v, values)):
+        after = cache_before(tokens, position, leftpad, slots, is_ring)
+        for b, pad in enumerate(leftpad.tolist()):
+            slot = (position - pad) % slots if is_ring else position
+            after[b, slot] = new[b, 0] if pad <= position else 0
+        assert torch.equal(cache.nan_to_num(7.0), after.nan_to_num(7.0)), (
+            "one slot a row is written"
+        )
+
+
+@needs_kernel
+@pytest.mark.parametrize(("window", "rollback"), [(-1, 0), (4, 0), (13, 6), (40, 0)])
+@pytest.mark.parametrize("leftpad", [None, (0, 5, 19)])
+def test_a_cache_fills_as_without_triton(
+    window: int, rollback: int, leftpad: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token by token from an empty cache, padding included."""
+    q, k, v = torch.randn(3, 3, 18, 2, 16, device=DEVICE)
+    answers, stored = [], []
+    for with_triton in (True, False):
+        if not with_triton:
+            monkeypatch.setattr(decode_triton, "unsupported", lambda *_: "not now")
+        cache = KVCacheManager(
+            3, 18, 2, 16, DEVICE, torch.float32, window=window, max_rollback=rollback
+        )
+        if leftpad is not None:
+            cache.record_leftpad(torch.tensor(leftpad, dtype=torch.int32, device=DEVICE))
+        steps = [
+            decode_step(q[:, t, None], k[:, t, None], v[:, t, None], cache, scale=0.3)
+            for t in range(18)
+        ]
+        answers.append(torch.cat(steps, dim=1))
+        stored.append(torch.stack([cache.k_cache, cache.v_cache]))
+        assert cache.cache_seqlens.item() == 18
+    assert (answers[0] - answers[1]).abs().max() < 1e-5
+    assert torch.equal(*stored)
 
 
 def test_splits_fill_the_gpu() -> None:
@@ -95,30 +141,36 @@ def test_splits_fill_the_gpu() -> None:
 
 @pytest.mark.gpu
 def test_one_graph_serves_all_lengths() -> None:
-    """The lengths are read on the device, so a captured step replays at any position."""
-    starts = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    ends = torch.full((2,), 900, dtype=torch.int32, device=DEVICE)
+    """The position is read on the device, so a captured step replays at any position."""
+    seqlen = torch.tensor(900, dtype=torch.int32, device=DEVICE)
+    leftpad = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     q = torch.randn(2, 1, 8, 64, dtype=torch.bfloat16, device=DEVICE)
-    k, v = (torch.randn(2, 1000, 2, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-    decode(q, k, v, starts, ends, scale=0.125)
+    k_cache, v_cache = torch.randn(2, 2, 1000, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    k, v = torch.randn(2, 2, 1, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    decode(q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.125)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode(q, k, v, starts, ends, scale=0.125)
-    for end in (900, 1, 333, 1000):
-        ends.fill_(end)
+        out = decode(q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.125)
+    for position in (900, 0, 333, 999):
+        seqlen.fill_(position)
         graph.replay()
-        want = definition(q, k, v, starts, ends, 0.125, -1)
+        assert torch.equal(k_cache[:, position], k[:, 0])
+        want = definition(q, k_cache, v_cache, position, leftpad, 0.125, -1)
         assert ((out.double() - want).norm() / want.norm()).item() < 1.5e-2
 
 
 @pytest.mark.gpu
 def test_compiles_without_graph_breaks() -> None:
-    starts, ends = (torch.tensor([n, n + 50], dtype=torch.int32, device=DEVICE) for n in (0, 64))
+    seqlen, leftpad = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (50, [0, 3]))
     q = torch.randn(2, 1, 4, 64, dtype=torch.bfloat16, device=DEVICE)
-    k = torch.randn(2, 128, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    k, v = torch.randn(2, 2, 1, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    caches = torch.randn(2, 2, 128, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    copies = caches.clone()
     f = torch.compile(lambda *args: decode(*args, scale=0.125), fullgraph=True)
-    assert torch.equal(f(q, k, k, starts, ends), decode(q, k, k, starts, ends, scale=0.125))
+    got = f(q, k, v, *caches, seqlen, leftpad)
+    assert torch.equal(got, decode(q, k, v, *copies, seqlen, leftpad, scale=0.125))
+    assert torch.equal(caches, copies), "the compiled step stores the token too"
 
 
 def test_unsupported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,4 +183,6 @@ def test_unsupported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "at most 256, not 512" in str(
         unsupported(torch.ones(1, 1, 1, 512), torch.ones(1, 1, 1, 512))
     )
-    assert "at most 8 query tokens" in str(unsupported(torch.ones(1, 9, 4, 32), k))
+    assert "at most 128 query heads" in str(
+        unsupported(torch.ones(1, 1, 400, 32), torch.ones(1, 9, 2, 32))
+    )

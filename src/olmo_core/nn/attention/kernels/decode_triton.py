@@ -1,12 +1,13 @@
-"""Decoding on a GPU: a few query tokens over a long cache, split along the keys.
+"""Decoding on a GPU: one query token a row over a long cache, split along the keys.
 
 A decoding step reads each cached key and value once and does next to nothing with them, so its time
 is the cache's bytes over the memory bandwidth, if enough reads are in flight. One program therefore
 takes *all* query heads of a kv head (each key is read once) and a *share* of the slots (so that a
 small batch fills the GPU too); a second, tiny kernel merges the shares by their log-sum-exp, as in
-"Flash-Decoding" (Dao et al., 2023).
+"Flash-Decoding" (Dao et al., 2023). The first share also stores the new token, whose key it has at
+hand: a step of two launches.
 
-How many shares is decided from shapes alone, and the lengths are read on the device: no
+How many shares is decided from shapes alone, and the position is read on the device: no
 synchronisation, and one CUDA graph serves all lengths.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +23,9 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors, triton_refusal
 from olmo_core.nn.registration import register_inference
 
-__all__ = ["MAX_QUERIES", "decode", "unsupported"]
+__all__ = ["decode", "unsupported"]
 
-MAX_QUERIES = 8
-_MAX_ROWS = 128  # query tokens x query heads of a kv head
+_MAX_GROUP = 128  # query heads of a kv head
 _MAX_HEAD_DIM = 256
 _MAX_SPLITS = 64
 _MIN_SHARE = 256  # slots: below that, merging costs more than it wins
@@ -36,7 +37,7 @@ _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 def unsupported(q: Tensor, k_cache: Tensor) -> str | None:
     """Why the kernel can't serve these tensors, or None if it can.
 
-    :param q: ``(B, Tq, H, D)``.
+    :param q: ``(B, 1, H, D)``.
     :param k_cache: ``(B, S, Hkv, D)``.
     """
     if (reason := triton_refusal(q)) is not None:
@@ -45,41 +46,43 @@ def unsupported(q: Tensor, k_cache: Tensor) -> str | None:
         return f"q and the cache must share a dtype of {_DTYPES}, got {q.dtype}, {k_cache.dtype}"
     if q.shape[3] > _MAX_HEAD_DIM:
         return f"head_dim is at most {_MAX_HEAD_DIM}, not {q.shape[3]}"
-    rows = q.shape[1] * (q.shape[2] // k_cache.shape[2])
-    if q.shape[1] > MAX_QUERIES or rows > _MAX_ROWS:
-        return (
-            f"at most {MAX_QUERIES} query tokens and {_MAX_ROWS} queries a kv head fit, got "
-            f"{q.shape[1]} and {rows}"
-        )
+    group = q.shape[2] // k_cache.shape[2]
+    if group > _MAX_GROUP:
+        return f"at most {_MAX_GROUP} query heads a kv head fit, not {group}"
     return None
 
 
 def decode(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    starts: Tensor,
-    ends: Tensor,
+    seqlen: Tensor,
+    leftpad: Tensor,
     *,
     scale: float,
     window: int = -1,
+    is_ring: bool = False,
 ) -> Tensor:
-    """Attention of the newest ``Tq`` tokens over a cache that holds them. Not differentiable.
+    """Store the next token of each row and attend to what it sees. Not differentiable.
 
-    Row ``b`` sees the slots ``[starts[b], ends[b])``. Causal from the bottom right: query ``i`` of
-    ``Tq`` sees no slot from ``ends[b] - (Tq - 1 - i)`` on. Slots outside are not read, so they may
-    hold anything. A query without slots gives 0.
+    The token of position ``seqlen`` goes to slot ``seqlen``; in a ring of S slots, which holds what
+    a window of S sees, to slot ``(seqlen - leftpad[b]) % S``. Slots that are not seen are not read,
+    so they may hold anything. A row whose token is still padding stores zeros and gives 0.
 
-    :param q: ``(B, Tq, H, D)``, ``Tq`` at most :data:`MAX_QUERIES`; last dimension contiguous.
-    :param k_cache: ``(B, S, Hkv, D)``, last dimension contiguous.
+    :param q: ``(B, 1, H, D)``.
+    :param k: ``(B, 1, Hkv, D)``, in q's dtype.
+    :param v: Like ``k``.
+    :param k_cache: ``(B, S, Hkv, D)``, last dimension contiguous; written.
     :param v_cache: Like ``k_cache``.
-    :param starts: ``(B,)`` integers on the same device.
-    :param ends: ``(B,)`` integers on the same device, at most ``S``.
+    :param seqlen: Tokens before, padding included: int32 without dimensions, on the device.
+    :param leftpad: ``(B,)``, int32, on the device.
     :param scale: Factor of the scores.
-    :param window: How many slots a query sees at most, its own included; -1 for all.
-    :returns: ``(B, Tq, H, D)``, contiguous.
+    :param window: How many keys a token sees at most where there is no ring; -1 for all.
+    :returns: ``(B, 1, H, D)``, contiguous.
     """
-    out: Tensor = _decode_op(q, k_cache, v_cache, starts, ends, scale, window)
+    out: Tensor = _decode_op(q, k, v, k_cache, v_cache, seqlen, leftpad, scale, window, is_ring)
     return out
 
 
@@ -101,41 +104,33 @@ def n_splits(programs: int, n_slots: int, multiprocessors: int) -> int:
 
 def _decode(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    starts: Tensor,
-    ends: Tensor,
+    seqlen: Tensor,
+    leftpad: Tensor,
     scale: float,
     window: int,
+    is_ring: bool,
 ) -> Tensor:
     from olmo_core.nn.attention.kernels.decode_triton_kernels import launch
 
-    q, k_cache, v_cache = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache)
-    )
-    sms = multiprocessors(q.device)
-    n_slots = k_cache.shape[1] if window < 0 else min(k_cache.shape[1], window + q.shape[1] - 1)
-    splits = n_splits(k_cache.shape[0] * k_cache.shape[2], n_slots, sms)
-    return launch(
-        q, k_cache, v_cache, starts.contiguous(), ends.contiguous(), scale, window, splits
-    )
+    assert k_cache.stride(-1) == v_cache.stride(-1) == 1
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    batch, slots, kv_heads, _ = k_cache.shape
+    n_slots = slots if window < 0 else min(slots, window)
+    splits = n_splits(batch * kv_heads, n_slots, multiprocessors(q.device))
+    return launch(q, k, v, k_cache, v_cache, seqlen, leftpad, scale, window, is_ring, splits)
 
 
-def _decode_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    scale: float,
-    window: int,
-) -> Tensor:
+def _decode_fake(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
 _LIB.define(
-    "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor starts, Tensor ends, float scale, "
-    "SymInt window) -> Tensor"
+    "decode(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seqlen, "
+    "Tensor leftpad, float scale, SymInt window, bool is_ring) -> Tensor"
 )
 # On the CPU only under Triton's interpreter.
 _decode_op = register_inference(_LIB, "decode", _decode, _decode_fake, keys=("CPU", "CUDA"))
