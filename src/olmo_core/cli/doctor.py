@@ -85,8 +85,10 @@ def _print_backends(console: Console, report: Report) -> None:
         table.add_row(row.name, "[green]works[/]" if row.works else "[red]no[/]", *ticks)
     console.print(table)
     console.print("✓ tried and right   – not there   ✗ tried and wrong   · not tried", style="dim")
-    legend = "  ".join(f"{short} {words}" for short, words in _SHORT.values())
-    console.print(f"{legend}\n", style="dim")
+    legend = [f"{short} {words}" for short, words in _SHORT.values()]
+    for i in range(0, len(legend), 4):
+        console.print("  ".join(legend[i : i + 4]), style="dim")
+    console.print()
     for row in report.backends:
         if not row.works:
             console.print(f"{row.name} ({row.title}): {row.cause}", markup=False)

@@ -190,13 +190,16 @@ def _try_in_processes(
         if not installation_reasons(c, environment)
     }
     tried = {name: dict.fromkeys(Feature, _UNTRIED) for name in places}
-    # What compiles longest comes first.
+    # The table's last backends compile longest. Each process imports what it is given, so it is
+    # given two features of a backend at a time.
     todo = [
         Cell(KERNEL, name, places[name].dtype, str(feature))
-        for name in sorted(places)
+        for name in reversed(places)
         for feature in CHECKS
     ]
-    for outcome in run_in_processes(todo, device, jobs, together=lambda cell: cell):
+    pair = {str(feature): i // 2 for i, feature in enumerate(CHECKS)}
+    together = lambda cell: (cell.backend, pair[cell.prop])  # noqa: E731
+    for outcome in run_in_processes(todo, device, jobs, together=together):
         announce(f"{outcome.cell.backend}: {outcome.cell.prop}")
         tried[outcome.cell.backend][Feature(outcome.cell.prop)] = _complaint(outcome)
     return tried
