@@ -47,7 +47,7 @@ def kernels(batch: int, tokens: int) -> Step:
     before = torch.tensor(tokens - 1, dtype=torch.int32, device="cuda")
     leftpad = torch.zeros(batch, dtype=torch.int32, device="cuda")
     step = functools.partial(decode, *new_token(batch), *caches(batch, tokens), before, leftpad)
-    return functools.partial(step, scale=SCALE)
+    return functools.partial(step, scale=SCALE, store=True)
 
 
 def backend(batch: int, tokens: int) -> Step:

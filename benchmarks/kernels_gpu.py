@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks._gpu import Report, copy_tbs, median_ms, paired_ms, require_cuda
 from olmo_core.nn.attention import AttentionBackendName
+from olmo_core.nn.attention.kernels import te
 from olmo_core.nn.attention.kernels.rope_qk_norm import (
     qk_norm_rope,
     qk_norm_rope_reference,
@@ -64,6 +65,7 @@ def direct_flash_4(batch: int, tokens: int, case: str) -> Attend:
 
 
 def direct_te(batch: int, tokens: int, case: str) -> Attend:
+    te.library()  # with the cuDNN that torch uses, where there are two
     from transformer_engine.pytorch import DotProductAttention
 
     window = (SPAN - 1, 0) if case == "window" else None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "cast_for_autocast",
+    "is_observed",
     "on_its_device",
     "refuse_second_derivative",
     "register_differentiable",
@@ -58,7 +59,7 @@ def register_differentiable(
         return dispatched(*inputs) if _wants_gradient(inputs) else below_autograd(*inputs)
 
     def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or not _nobody_listens(inputs):
+        if is_observed(inputs):
             return op(*inputs)
         return direct(*inputs) if _wants_gradient(inputs) else implementation(*inputs)
 
@@ -102,8 +103,8 @@ def register_inference(
     op, implementation = _implement(lib, name, implementation, fake, keys)
 
     def call(*inputs: Any) -> Any:
-        eager = not torch.compiler.is_compiling() and _nobody_listens(inputs)
-        return implementation(*inputs) if eager and not _wants_gradient(inputs) else op(*inputs)
+        through = is_observed(inputs) or _wants_gradient(inputs)
+        return op(*inputs) if through else implementation(*inputs)
 
     return call
 
@@ -170,17 +171,20 @@ def _wants_gradient(inputs: tuple[Any, ...]) -> bool:
     return False
 
 
-def _nobody_listens(inputs: tuple[Any, ...]) -> bool:
-    """Whether there is no mode, functorch transform, tensor subclass or meta tensor."""
+def is_observed(inputs: Sequence[Any]) -> bool:
+    """Whether somebody must see an op: a compiler, mode, functorch transform, tensor subclass or
+    meta tensor."""
+    if torch.compiler.is_compiling():
+        return True
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
+        return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
+        return True
     for x in inputs:
         kind = type(x)
         if kind is Tensor or kind is nn.Parameter:
             if x.is_meta:
-                return False
+                return True
         elif isinstance(x, Tensor):
-            return False
-    return True
+            return True
+    return False

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from olmo_core.nn.attention.kernels import decode_triton
 from olmo_core.nn.attention.kv_cache import KVCacheManager
+from olmo_core.nn.registration import is_observed
 
 __all__ = ["decode"]
 
@@ -27,11 +28,15 @@ def decode(q: Tensor, k: Tensor, v: Tensor, cache: KVCacheManager, *, scale: flo
     :returns: Like ``q``. A row that is still padding gives 0.
     """
     if decode_triton.unsupported(q, cache.k_cache) is None:
+        k, v = k.to(cache.dtype), v.to(cache.dtype)
+        store = not is_observed((q, k, v))
         out = decode_triton.decode(
-            q, k.to(cache.dtype), v.to(cache.dtype), cache.k_cache, cache.v_cache,
-            cache.cache_seqlens, cache.cache_leftpad, scale=scale,
-            window=-1 if cache.is_ring else cache.window, is_ring=cache.is_ring,
+            q, k, v, cache.k_cache, cache.v_cache, cache.cache_seqlens, cache.cache_leftpad,
+            scale=scale, window=-1 if cache.is_ring else cache.window, is_ring=cache.is_ring,
+            store=store,
         )  # fmt: skip
+        if not store:
+            cache.append(k, v)
         cache.update_seqlen(1)
         return out
     cache.append(k, v)

@@ -70,8 +70,9 @@ def cache_before(
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("store", [True, False])
 def test_decode_is_the_definition(
-    heads: int, kv_heads: int, dim: int, window: int, slots: int, splits: int,
+    heads: int, kv_heads: int, dim: int, window: int, slots: int, splits: int, store: bool,
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if dtype == torch.bfloat16 and DEVICE == "cpu":
@@ -85,8 +86,9 @@ def test_decode_is_the_definition(
     seqlen = torch.tensor(position, dtype=torch.int32, device=DEVICE)
     k, v = keys[:, -1:], values[:, -1:]
     got = decode(
-        q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.3, window=window, is_ring=is_ring
-    )
+        q, k, v, k_cache, v_cache, seqlen, leftpad,
+        scale=0.3, window=window, is_ring=is_ring, store=store,
+    )  # fmt: skip
     want = definition(q, keys, values, position, leftpad, 0.3, window)
     bound = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
     assert got.dtype == dtype and got.is_contiguous()
@@ -96,9 +98,10 @@ def test_decode_is_the_definition(
         after = cache_before(tokens, position, leftpad, slots, is_ring)
         for b, pad in enumerate(leftpad.tolist()):
             slot = (position - pad) % slots if is_ring else position
-            after[b, slot] = new[b, 0] if pad <= position else 0
+            if store:
+                after[b, slot] = new[b, 0] if pad <= position else 0
         assert torch.equal(cache.nan_to_num(7.0), after.nan_to_num(7.0)), (
-            "one slot a row is written"
+            "one slot a row is written, or none"
         )
 
 
@@ -151,7 +154,7 @@ def test_one_graph_serves_all_lengths() -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode(q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.125)
+        out = decode(q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.125, store=True)
     for position in (900, 0, 333, 999):
         seqlen.fill_(position)
         graph.replay()
@@ -160,17 +163,28 @@ def test_one_graph_serves_all_lengths() -> None:
         assert ((out.double() - want).norm() / want.norm()).item() < 1.5e-2
 
 
-@pytest.mark.gpu
-def test_compiles_without_graph_breaks() -> None:
-    seqlen, leftpad = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (50, [0, 3]))
-    q = torch.randn(2, 1, 4, 64, dtype=torch.bfloat16, device=DEVICE)
-    k, v = torch.randn(2, 2, 1, 2, 64, dtype=torch.bfloat16, device=DEVICE)
-    caches = torch.randn(2, 2, 128, 2, 64, dtype=torch.bfloat16, device=DEVICE)
-    copies = caches.clone()
-    f = torch.compile(lambda *args: decode(*args, scale=0.125), fullgraph=True)
-    got = f(q, k, v, *caches, seqlen, leftpad)
-    assert torch.equal(got, decode(q, k, v, *copies, seqlen, leftpad, scale=0.125))
-    assert torch.equal(caches, copies), "the compiled step stores the token too"
+@needs_kernel
+@pytest.mark.parametrize("window", [-1, 4])
+def test_a_compiled_step_stores_too(window: int) -> None:
+    """Caches may be views of one tensor, which Inductor of torch 2.11 gets wrong in place."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    q, k, v = torch.randn(3, 2, 12, 2, 64, dtype=dtype, device=DEVICE)
+    steps: list[Tensor] = []
+    stored = []
+    compiled = torch.compile(
+        decode_step, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"
+    )
+    for step in (decode_step, compiled):
+        cache = KVCacheManager(2, 12, 2, 64, DEVICE, dtype, window=window)
+        cache.k_cache, cache.v_cache = torch.zeros(2, *cache.k_cache.shape).to(cache.k_cache)
+        cache.record_leftpad(torch.tensor([0, 3], dtype=torch.int32, device=DEVICE))
+        outs = [
+            step(q[:, t, None], k[:, t, None], v[:, t, None], cache, scale=0.3) for t in range(12)
+        ]
+        steps.append(torch.cat(outs, dim=1))
+        stored.append(torch.stack([cache.k_cache, cache.v_cache]))
+        assert cache.cache_seqlens.item() == 12
+    assert torch.equal(*steps) and torch.equal(*stored)
 
 
 def test_unsupported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ is the cache's bytes over the memory bandwidth, if enough reads are in flight. O
 takes *all* query heads of a kv head (each key is read once) and a *share* of the slots (so that a
 small batch fills the GPU too); a second, tiny kernel merges the shares by their log-sum-exp, as in
 "Flash-Decoding" (Dao et al., 2023). The first share also stores the new token, whose key it has at
-hand: a step of two launches.
+hand: a step of two launches. A compiled step stores it by torch's own ops, which compilers know.
 
 How many shares is decided from shapes alone, and the position is read on the device: no
 synchronisation, and one CUDA graph serves all lengths.
@@ -14,14 +14,14 @@ synchronisation, and one CUDA graph serves all lengths.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors, triton_refusal
-from olmo_core.nn.registration import register_inference
+from olmo_core.nn.registration import on_its_device, register_inference
 
 __all__ = ["decode", "unsupported"]
 
@@ -64,25 +64,28 @@ def decode(
     scale: float,
     window: int = -1,
     is_ring: bool = False,
+    store: bool = False,
 ) -> Tensor:
-    """Store the next token of each row and attend to what it sees. Not differentiable.
+    """Attention of the next token of each row to itself and to a cache. Not differentiable.
 
-    The token of position ``seqlen`` goes to slot ``seqlen``; in a ring of S slots, which holds what
-    a window of S sees, to slot ``(seqlen - leftpad[b]) % S``. Slots that are not seen are not read,
-    so they may hold anything. A row whose token is still padding stores zeros and gives 0.
+    The token of position ``seqlen`` belongs into slot ``seqlen``; in a ring of S slots, which holds
+    what a window of S sees, into slot ``(seqlen - leftpad[b]) % S``. Slots that are not seen are not
+    read, so they may hold anything. A row whose token is still padding gives 0.
 
     :param q: ``(B, 1, H, D)``.
     :param k: ``(B, 1, Hkv, D)``, in q's dtype.
     :param v: Like ``k``.
-    :param k_cache: ``(B, S, Hkv, D)``, last dimension contiguous; written.
+    :param k_cache: ``(B, S, Hkv, D)``, last dimension contiguous.
     :param v_cache: Like ``k_cache``.
     :param seqlen: Tokens before, padding included: int32 without dimensions, on the device.
     :param leftpad: ``(B,)``, int32, on the device.
     :param scale: Factor of the scores.
     :param window: How many keys a token sees at most where there is no ring; -1 for all.
+    :param store: Also store the token, or zeros where it is padding; not under a compiler.
     :returns: ``(B, 1, H, D)``, contiguous.
     """
-    out: Tensor = _decode_op(q, k, v, k_cache, v_cache, seqlen, leftpad, scale, window, is_ring)
+    run = _decode_and_store if store else _decode_op
+    out: Tensor = run(q, k, v, k_cache, v_cache, seqlen, leftpad, scale, window, is_ring)
     return out
 
 
@@ -113,6 +116,7 @@ def _decode(
     scale: float,
     window: int,
     is_ring: bool,
+    store: bool = False,
 ) -> Tensor:
     from olmo_core.nn.attention.kernels.decode_triton_kernels import launch
 
@@ -121,7 +125,7 @@ def _decode(
     batch, slots, kv_heads, _ = k_cache.shape
     n_slots = slots if window < 0 else min(slots, window)
     splits = n_splits(batch * kv_heads, n_slots, multiprocessors(q.device))
-    return launch(q, k, v, k_cache, v_cache, seqlen, leftpad, scale, window, is_ring, splits)
+    return launch(q, k, v, k_cache, v_cache, seqlen, leftpad, scale, window, is_ring, store, splits)
 
 
 def _decode_fake(q: Tensor, *_: Any) -> Tensor:
@@ -129,8 +133,10 @@ def _decode_fake(q: Tensor, *_: Any) -> Tensor:
 
 
 _LIB.define(
-    "decode(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seqlen, "
+    "decode(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor seqlen, "
     "Tensor leftpad, float scale, SymInt window, bool is_ring) -> Tensor"
 )
 # On the CPU only under Triton's interpreter.
 _decode_op = register_inference(_LIB, "decode", _decode, _decode_fake, keys=("CPU", "CUDA"))
+# No op: Inductor of torch 2.11 miscompiles ops that write to views.
+_decode_and_store = on_its_device(partial(_decode, store=True))

@@ -26,12 +26,13 @@ def _share(
     v_cache_stride_b, v_cache_stride_s, v_cache_stride_h, scale_log2, window, slots,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     ROWS_PAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr,
+    STORE: tl.constexpr,
 ):  # fmt: skip
     """One kv head over one share of the slots: row r is query head r of its group.
 
-    The first share has the new token too, and stores it. A single share is the result and goes to
-    ``out``. Otherwise ``out`` and ``lse`` (base 2) are float32 parts, ``(programs, rows, DIM)`` and
-    ``(programs, rows)``.
+    The first share has the new token too, and may store it. A single share is the result and goes
+    to ``out``. Otherwise ``out`` and ``lse`` (base 2) are float32 parts, ``(programs, rows, DIM)``
+    and ``(programs, rows)``.
     """
     head = tl.program_id(0)  # neighbours read neighbouring bytes of the cache
     split = tl.program_id(1)
@@ -65,12 +66,13 @@ def _share(
     k_cache_ptr += batch * k_cache_stride_b + head * k_cache_stride_h
     v_cache_ptr += batch * v_cache_stride_b + head * v_cache_stride_h
     if split == 0:
-        stored = d_keep & is_token  # padding is stored as zeros
-        k_new = tl.load(k_ptr + batch * k_stride_b + head * k_stride_h + d, mask=stored, other=0.0)
-        v_new = tl.load(v_ptr + batch * v_stride_b + head * v_stride_h + d, mask=stored, other=0.0)
-        at = new_slot.to(tl.int64)
-        tl.store(k_cache_ptr + at * k_cache_stride_s + d, k_new, mask=d_keep)
-        tl.store(v_cache_ptr + at * v_cache_stride_s + d, v_new, mask=d_keep)
+        token = d_keep & is_token  # padding is stored as zeros
+        k_new = tl.load(k_ptr + batch * k_stride_b + head * k_stride_h + d, mask=token, other=0.0)
+        v_new = tl.load(v_ptr + batch * v_stride_b + head * v_stride_h + d, mask=token, other=0.0)
+        if STORE:
+            at = new_slot.to(tl.int64)
+            tl.store(k_cache_ptr + at * k_cache_stride_s + d, k_new, mask=d_keep)
+            tl.store(v_cache_ptr + at * v_cache_stride_s + d, v_new, mask=d_keep)
         if is_token:
             products = q.to(tl.float32) * k_new.to(tl.float32)[None, :]
             top = tl.sum(products, axis=1) * scale_log2
@@ -78,7 +80,7 @@ def _share(
             acc += v_new.to(tl.float32)[None, :]
     for block in range(first, last, BLOCK):
         slot = block + tl.arange(0, BLOCK)
-        # The first share is writing the new token there.
+        # The new slot is being written by the first share, or holds what was there before.
         old = (slot < last) & (slot != new_slot)
         keep = old[:, None] & d_keep[None, :]
         at = slot.to(tl.int64)
@@ -136,7 +138,7 @@ def _merge(
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seqlen: Tensor,
-    leftpad: Tensor, scale: float, window: int, is_ring: bool, splits: int,
+    leftpad: Tensor, scale: float, window: int, is_ring: bool, store: bool, splits: int,
 ) -> Tensor:  # fmt: skip
     """See :func:`.decode_triton.decode`; ``splits`` is the number of shares."""
     batch, _, heads, dim = q.shape
@@ -153,7 +155,7 @@ def launch(
     _share[(kv_heads, splits, batch)](
         q, k, v, k_cache, v_cache, seqlen, leftpad, parts, lse, *strides,
         *k_cache.stride()[:3], *v_cache.stride()[:3], scale * _LOG2_E, window, slots,
-        SPLITS=splits, RING=is_ring, **sizes, **only_share,
+        SPLITS=splits, RING=is_ring, STORE=store, **sizes, **only_share,
     )  # fmt: skip
     if splits > 1:
         _merge[(group, kv_heads, batch)](
