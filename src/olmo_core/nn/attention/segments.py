@@ -24,8 +24,8 @@ class Segments:
     query is aligned with its last key: query ``r`` of ``n`` sees key ``c`` of ``m`` if
     ``c <= r + (m - n)``. A query without keys gives 0.
 
-    Without lengths the problem is *dense*: each row of the batch is one segment. With lengths the
-    batch is flattened, so tensors have a batch of 1.
+    Without lengths the problem is *dense*: each row of the batch is one segment. Lengths are about
+    the flattened batch, so a segment may cross a row.
 
     :param cu_q: Ends of the query segments, ``(segments + 1,)``, int32 on the queries' device, or
         None for a dense problem.
