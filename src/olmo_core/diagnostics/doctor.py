@@ -198,8 +198,9 @@ def _try_in_processes(
         for feature in CHECKS
     ]
     pair = {str(feature): i // 2 for i, feature in enumerate(CHECKS)}
-    together = lambda cell: (cell.backend, pair[cell.prop])  # noqa: E731
-    for outcome in run_in_processes(todo, device, jobs, together=together):
+    for outcome in run_in_processes(
+        todo, device, jobs, together=lambda cell: (cell.backend, pair[cell.prop])
+    ):
         announce(f"{outcome.cell.backend}: {outcome.cell.prop}")
         tried[outcome.cell.backend][Feature(outcome.cell.prop)] = _complaint(outcome)
     return tried

@@ -133,6 +133,26 @@ def test_a_cache_fills_as_without_triton(
     assert torch.equal(*stored)
 
 
+@needs_kernel
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("position", [20, 21, 500])
+def test_a_token_without_a_slot_is_loud_and_harmless(
+    splits: int, position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replayed CUDA graph can't raise."""
+    monkeypatch.setattr(decode_triton, "n_splits", lambda *_: splits)
+    memory = torch.randn(2, 3, 40, 2, 16, device=DEVICE)
+    k_cache, v_cache = memory[:, :, :20]
+    before = memory.clone()
+    q, k, v = torch.randn(3, 3, 1, 2, 16, device=DEVICE)
+    seqlen, leftpad = (
+        torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (position, [0, 4, 20])
+    )
+    out = decode(q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.3, store=True)
+    assert out.isnan().all()
+    assert torch.equal(memory, before)
+
+
 def test_splits_fill_the_gpu() -> None:
     assert n_splits(128, 8192, 132) == 2  # 256 of 264 programs that fit at once
     assert n_splits(4, 8192, 132) >= 30  # of 32 shares that are long enough

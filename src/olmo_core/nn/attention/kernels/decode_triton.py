@@ -70,7 +70,8 @@ def decode(
 
     The token of position ``seqlen`` belongs into slot ``seqlen``; in a ring of S slots, which holds
     what a window of S sees, into slot ``(seqlen - leftpad[b]) % S``. Slots that are not seen are
-    not read, so they may hold anything. A row whose token is still padding gives 0.
+    not read, so they may hold anything. A row whose token is still padding gives 0. A token for
+    which no slot is left gives NaN, and is not stored.
 
     :param q: ``(B, 1, H, D)``.
     :param k: ``(B, 1, Hkv, D)``, in q's dtype.

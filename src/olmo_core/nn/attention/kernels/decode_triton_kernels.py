@@ -53,7 +53,7 @@ def _share(
         start, end = 0, tl.minimum(position + 1 - pad, slots)
     else:
         new_slot = position
-        start, end = pad, position + 1
+        start, end = pad, tl.minimum(position + 1, slots)
         if window > 0:
             start = tl.maximum(start, end - window)
     share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), SPLITS), BLOCK) * BLOCK
@@ -66,18 +66,21 @@ def _share(
     k_cache_ptr += batch * k_cache_stride_b + head * k_cache_stride_h
     v_cache_ptr += batch * v_cache_stride_b + head * v_cache_stride_h
     if split == 0:
-        token = d_keep & is_token  # padding is stored as zeros
+        fits = new_slot < slots
+        token = d_keep & is_token & fits  # padding is stored as zeros
         k_new = tl.load(k_ptr + batch * k_stride_b + head * k_stride_h + d, mask=token, other=0.0)
         v_new = tl.load(v_ptr + batch * v_stride_b + head * v_stride_h + d, mask=token, other=0.0)
         if STORE:
             at = new_slot.to(tl.int64)
-            tl.store(k_cache_ptr + at * k_cache_stride_s + d, k_new, mask=d_keep)
-            tl.store(v_cache_ptr + at * v_cache_stride_s + d, v_new, mask=d_keep)
+            tl.store(k_cache_ptr + at * k_cache_stride_s + d, k_new, mask=d_keep & fits)
+            tl.store(v_cache_ptr + at * v_cache_stride_s + d, v_new, mask=d_keep & fits)
         if is_token:
             products = q.to(tl.float32) * k_new.to(tl.float32)[None, :]
             top = tl.sum(products, axis=1) * scale_log2
             total += 1.0
             acc += v_new.to(tl.float32)[None, :]
+        if new_slot >= slots:  # a replayed graph that nobody counted the steps of
+            acc += float("nan")
     for block in range(first, last, BLOCK):
         slot = block + tl.arange(0, BLOCK)
         # The new slot is being written by the first share, or holds what was there before.
