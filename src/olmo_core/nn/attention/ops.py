@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.kernels import get_kernel
+from olmo_core.nn.attention.kernels.library_args import rows
 from olmo_core.nn.attention.segments import Segments
 from olmo_core.nn.registration import (
     cast_for_autocast,
@@ -83,15 +84,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, s: Segments) -> None:
         raise ValueError(f"q, k and v must share a device, got {q.device}, {k.device}, {v.device}.")
 
 
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """The kernels read rows: the last dimension must be contiguous."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     *lengths, scale, dropout_p, kernel = problem
     s = Segments(*lengths)
-    q, k, v = _rows(q, k, v)
+    q, k, v = rows(q, k, v)
     return get_kernel(kernel).forward(q, k, v, s, scale=scale, dropout_p=dropout_p)
 
 
@@ -117,7 +113,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *lengths, scale, dropout_p, kernel = problem
     s = Segments(*lengths)
-    q, k, v = _rows(q, k, v)
+    q, k, v = rows(q, k, v)
     grads = get_kernel(kernel).backward(
         dout.contiguous(), q, k, v, out, lse, rng, s, scale=scale, dropout_p=dropout_p
     )

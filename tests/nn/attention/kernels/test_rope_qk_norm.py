@@ -223,6 +223,21 @@ def test_second_derivative_is_refused() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_loss_may_use_one_output(used: int) -> None:
+    answers = []
+    for f in (qk_norm_rope, qk_norm_rope_reference):
+        torch.manual_seed(0)
+        leaves = [torch.randn(1, 3, h, 16, device=DEVICE, requires_grad=True) for h in (2, 1)]
+        out = f(*leaves, eps=1e-5, per_head=False)
+        out[used].square().sum().backward()
+        answers.append([torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
+    for got, want in zip(*answers, strict=True):
+        assert (got - want).abs().max() < 1e-5
+    assert not answers[0][1 - used].any()
+
+
+@needs_kernels
 def test_ops_pass_opcheck() -> None:
     q, k = (torch.randn(1, 3, h, 16, device=DEVICE, requires_grad=True) for h in (2, 1))
     w = [torch.randn(h * 16, device=DEVICE, requires_grad=True) for h in (2, 1)]

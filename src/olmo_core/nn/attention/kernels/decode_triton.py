@@ -5,7 +5,7 @@ is the cache's bytes over the memory bandwidth, if enough reads are in flight. O
 takes *all* query heads of a kv head (each key is read once) and a *share* of the slots (so that a
 small batch fills the GPU too); a second, tiny kernel merges the shares by their log-sum-exp, as in
 "Flash-Decoding" (Dao et al., 2023). The first share also stores the new token, whose key it has at
-hand: a step of two launches. A compiled step stores it by torch's own ops, which compilers know.
+hand: two launches for both. A compiled step stores it by torch's own ops, which compilers know.
 
 How many shares is decided from shapes alone, and the position is read on the device: no
 synchronisation, and one CUDA graph serves all lengths.
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.library_args import rows
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors, triton_refusal
 from olmo_core.nn.registration import on_its_device, register_inference
 
@@ -122,7 +123,7 @@ def _decode(
     from olmo_core.nn.attention.kernels.decode_triton_kernels import launch
 
     assert k_cache.stride(-1) == v_cache.stride(-1) == 1
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = rows(q, k, v)
     batch, slots, kv_heads, _ = k_cache.shape
     n_slots = slots if window < 0 else min(slots, window)
     splits = n_splits(batch * kv_heads, n_slots, multiprocessors(q.device))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .gated_delta_rule_chunks import ChunkGrid
 from .gated_delta_rule_forward import Saved
+from .library_args import rows
 from .triton_driver import INTERPRETED, triton_refusal
 
 __all__ = ["saved_like", "triton_backward", "triton_forward", "unsupported"]
@@ -85,7 +86,7 @@ def triton_forward(
 
     grid, saved = _grid(q, v), saved_like(q, v)
     ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
-    q, k, v = _rows(q, k, v)
+    q, k, v = rows(q, k, v)
     out, final = launch_forward(
         grid, q, k, v, g, beta, initial_state, ids, saved, scale, normalize_qk
     )
@@ -111,14 +112,9 @@ def triton_backward(
 
     grid = _grid(q, v)
     ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
-    dout, q, k, v = _rows(dout, q, k, v)
+    dout, q, k, v = rows(dout, q, k, v)
     return launch_backward(grid, dout, dfinal, q, k, v, g, beta, ids, saved, scale, normalize_qk)
 
 
 def _grid(q: Tensor, v: Tensor) -> ChunkGrid:
     return replace(ChunkGrid.of(q, v), chunk=_CHUNK)
-
-
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """The kernels read rows: the last dimension must be contiguous."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

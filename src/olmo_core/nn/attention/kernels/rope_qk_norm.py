@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.library_args import rows
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
 from olmo_core.nn.registration import refuse_second_derivative, register_differentiable
 
@@ -240,13 +241,8 @@ def _check(
         )
 
 
-def _rows(*tensors: Tensor | None) -> list[Any]:
-    """The kernels read rows: the last dimension must be contiguous."""
-    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
 def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[Any, Any]:
-    sin, cos = _rows(sin, cos)
+    sin, cos = rows(sin, cos)
     if sin is not None and sin.stride() != cos.stride():
         sin, cos = sin.contiguous(), cos.contiguous()
     return sin, cos
@@ -269,7 +265,7 @@ def _forward(
 
     rstd = _statistics(q, k, eps, per_head)
     squares = None if stats is None else stats.contiguous()
-    args = [*_rows(q, k, q_weight, k_weight), *_tables(sin, cos), *_rows(positions), squares]
+    args = [*rows(q, k, q_weight, k_weight), *_tables(sin, cos), *rows(positions), squares]
     args.append(None if eps is None else rstd)
     q_out, k_out = launch_forward(
         args, rotary_dim=rotary_dim, width_q=width_q, width_k=width_k, eps=eps or 0.0,
@@ -293,8 +289,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from olmo_core.nn.attention.kernels.rope_qk_norm_triton import launch_backward
 
-    args = [*_rows(dq_out, dk_out, q, k, q_weight, k_weight), *_tables(sin, cos)]
-    args += [*_rows(positions), rstd if rstd.dim() > 1 else None]
+    args = [*rows(dq_out, dk_out, q, k, q_weight, k_weight), *_tables(sin, cos)]
+    args += [*rows(positions), rstd if rstd.dim() > 1 else None]
     grads = launch_backward(
         args, given=given, rotary_dim=rotary_dim, width_q=width_q, width_k=width_k,
         per_head=per_head,
@@ -352,7 +348,7 @@ def _rope(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from olmo_core.nn.attention.kernels.rope_qk_norm_triton import launch_forward
 
-    args = [*_rows(q, k), None, None, *_tables(sin, cos), *_rows(positions), None, None]
+    args = [*rows(q, k), None, None, *_tables(sin, cos), *rows(positions), None, None]
     return launch_forward(args, rotary_dim=rotary_dim, inverse=inverse)
 
 
