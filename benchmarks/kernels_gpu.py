@@ -19,12 +19,12 @@ from torch import Tensor
 
 from benchmarks._gpu import Report, captured, copy_tbs, median_ms, paired_ms, require_cuda
 from olmo_core.nn.attention import AttentionBackendName
-from olmo_core.nn.attention.kernels import te
 from olmo_core.nn.attention.kernels.rope_qk_norm import (
     qk_norm_rope,
     qk_norm_rope_reference,
     rope_only,
 )
+from olmo_core.nn.attention.kernels.softmax import te
 
 HEADS, KV_HEADS, HEAD_DIM, SPAN = 16, 4, 128, 1024
 DTYPE = torch.bfloat16

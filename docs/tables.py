@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from olmo_core.cli.main import COMMANDS
-from olmo_core.nn.attention.capabilities import CAPABILITIES, Capabilities
+from olmo_core.nn.attention.capabilities import CAPABILITIES
+from olmo_core.nn.attention.kernels.softmax import Capabilities
 
 README = Path(__file__).parents[1] / "README.md"
 

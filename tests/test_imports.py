@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import olmo_core
+from olmo_core.nn.attention.backend import BACKENDS
 
 SRC = Path(olmo_core.__file__).parents[1]
 FILES = {
@@ -56,35 +57,41 @@ HEAVY_TORCH = [
 LAYERS = [
     ["olmo_core", "olmo_core.exceptions"],
     ["olmo_core.config", "olmo_core.utils", "olmo_core.distributed", "olmo_core.data"],
+    ["olmo_core.nn"],
+    ["olmo_core.nn.attention.segments"],
+    ["olmo_core.nn.attention.kernels"],
+    ["olmo_core.nn.attention.attend", "olmo_core.nn.convolution"],
     [
-        "olmo_core.nn",
         "olmo_core.nn.attention.capabilities",
-        "olmo_core.nn.attention.keywords",
         "olmo_core.nn.attention.layout",
-        "olmo_core.nn.attention.lengths",
-        "olmo_core.nn.attention.segments",
+        "olmo_core.nn.attention.ring",
         "olmo_core.nn.attention.sharding",
     ],
-    ["olmo_core.nn.attention.kernels"],
     [
         "olmo_core.nn.attention.base",
-        "olmo_core.nn.attention.config",
-        "olmo_core.nn.attention.context_parallel",
+        "olmo_core.nn.attention.inputs",
         "olmo_core.nn.attention.decode",
         "olmo_core.nn.attention.kv_cache",
-        "olmo_core.nn.attention.ops",
-        "olmo_core.nn.attention.probe",
-        "olmo_core.nn.attention.ring",
         "olmo_core.nn.attention.selection",
     ],
-    ["olmo_core.nn.attention.backend"],
+    [
+        "olmo_core.nn.attention.backend",
+        "olmo_core.nn.attention.fused_qk",
+        "olmo_core.nn.attention.gate",
+    ],
+    [
+        "olmo_core.nn.attention.attention",
+        "olmo_core.nn.attention.softmax",
+        "olmo_core.nn.attention.recurrent",
+        "olmo_core.nn.attention.recurrent_cache",
+        "olmo_core.nn.attention.recurrent_sizes",
+    ],
+    ["olmo_core.nn.attention.config"],
     ["olmo_core.nn.attention"],
     ["olmo_core.nn.transformer"],
     ["olmo_core.diagnostics", "olmo_core.hf", "olmo_core.train"],
     ["olmo_core.cli", "olmo_core.__main__"],
 ]
-# A config builds what it describes, and imports it when it does.
-FACTORIES = {"olmo_core.nn.attention.config"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -187,7 +194,7 @@ def test_optional_packages_are_imported_where_they_are_used(module: str) -> None
 
 @pytest.mark.parametrize("module", FILES)
 def test_imports_point_one_way(module: str) -> None:
-    names = imported(module, top_level=module in FACTORIES)
+    names = imported(module)
     ours = [name for name in names if name in FILES and name != "olmo_core"]
     upwards = [name for name in ours if level(name) > level(module)]
     assert upwards == []
@@ -202,16 +209,21 @@ def test_there_is_no_cycle() -> None:
 
 
 def test_kernels_do_not_import_each_other() -> None:
-    from olmo_core.nn.attention.kernels import _MODULES
-
-    package = "olmo_core.nn.attention.kernels"
-    kernels = {f"{package}.{file}" for file in _MODULES.values()}
-    for kernel in kernels & set(FILES):
-        assert kernels.isdisjoint(imported(kernel)), kernel
+    """Neither do their rooms: a room imports its own files and what lies beside the rooms."""
+    package = "olmo_core.nn.attention.kernels."
+    kernels = {f"{package}softmax.{cls.kernel_file}" for cls in BACKENDS.values()}
+    for module in FILES:
+        if module in kernels:
+            assert kernels.isdisjoint(imported(module)), module
+        room = module.removeprefix(package).split(".")
+        if module.startswith(package) and len(room) > 1:
+            for name in imported(module):
+                other = name.removeprefix(package).split(".")
+                assert not name.startswith(package) or len(other) == 1 or other[0] == room[0], name
 
 
 def test_the_layer_table_names_what_exists() -> None:
-    planned = {"olmo_core.nn.attention.context_parallel", "olmo_core.hf"}
+    planned = {"olmo_core.hf"}
     assert set(LEVEL) - set(FILES) - planned == set()
 
 

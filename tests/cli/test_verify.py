@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from olmo_core.cli.main import app
-from olmo_core.nn.attention.kernels import get_kernel, register_kernel
+from olmo_core.nn.attention.kernels.softmax import get_kernel, register_kernel
 
 KERNELS = ["verify", "--mixer", "kernel", "--quick", "--device", "cpu"]
 

@@ -12,9 +12,9 @@ import torch
 from olmo_core.diagnostics import doctor, extras
 from olmo_core.diagnostics.kernel_checks import CHECKS
 from olmo_core.diagnostics.verify import KERNEL, Cell, Outcome
-from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment, Feature
-from olmo_core.nn.attention.kernels import get_kernel, register_kernel
-from olmo_core.nn.attention.probe import _probe
+from olmo_core.nn.attention import selection
+from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment
+from olmo_core.nn.attention.kernels.softmax import Feature, get_kernel, register_kernel
 
 CPU = torch.device("cpu")
 H100 = Environment(
@@ -28,7 +28,7 @@ def registered() -> Iterator[Any]:
     good = get_kernel("torch")
     yield register_kernel
     register_kernel(good)
-    _probe.cache_clear()
+    selection._PROBES.clear()
 
 
 class Wrong:

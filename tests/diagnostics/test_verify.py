@@ -13,8 +13,8 @@ from torch import Tensor
 
 from olmo_core.diagnostics.verify import KERNEL, Cell, Outcome, cells, mixer_names, run
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.attention.capabilities import CAPABILITIES, Feature
-from olmo_core.nn.attention.kernels import get_kernel, register_kernel
+from olmo_core.nn.attention.capabilities import CAPABILITIES
+from olmo_core.nn.attention.kernels.softmax import Feature, get_kernel, register_kernel
 from olmo_core.nn.attention.segments import Segments
 
 CPU = torch.device("cpu")

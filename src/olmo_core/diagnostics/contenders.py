@@ -18,14 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmo_core.diagnostics.bench_cases import BenchCase, Problem, Settings
-from olmo_core.nn.attention.capabilities import (
-    CAPABILITIES,
-    Environment,
-    Feature,
-    Request,
-    refusals,
-)
+from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment, Request, refusals
 from olmo_core.nn.attention.config import AttentionBackendName
+from olmo_core.nn.attention.kernels.softmax import Feature
 from olmo_core.nn.attention.kv_cache import KVCacheManager
 
 __all__ = ["PEERS", "Attend", "Contender", "Unavailable", "absent_backends", "contenders"]

@@ -21,13 +21,12 @@ from olmo_core.diagnostics.verify import KERNEL, Cell, Outcome
 from olmo_core.diagnostics.verify_processes import run_in_processes
 from olmo_core.nn.attention.capabilities import (
     CAPABILITIES,
-    Capabilities,
     Environment,
-    Feature,
     Request,
     feature_reasons,
     installation_reasons,
 )
+from olmo_core.nn.attention.kernels.softmax import Capabilities, Feature
 
 __all__ = ["CASES", "BackendRow", "ChoiceRow", "Report", "Tick", "examine", "steps"]
 
@@ -261,7 +260,7 @@ def _choice(
     from olmo_core.nn.attention.selection import choose
 
     head_dim = 128 if device.type == "cuda" else probe_head_dim(device)
-    choice = choose(environment, Request(dtype, head_dim, features), probe=True)
+    choice = choose(environment, Request(dtype, head_dim, features), device)
     form = _torch_form(case, dtype, head_dim, device) if choice.name == "torch" else ""
     reason = choice.reason
     if case == "decode":
@@ -270,7 +269,7 @@ def _choice(
 
 
 def _torch_form(case: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
-    from olmo_core.nn.attention.kernels import torch_sdpa
+    from olmo_core.nn.attention.kernels.softmax import torch_sdpa
     from olmo_core.nn.attention.segments import Segments
 
     q = torch.empty(1, 8, 1, head_dim, dtype=dtype, device=device)

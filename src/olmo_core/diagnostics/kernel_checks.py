@@ -18,11 +18,10 @@ from torch import Tensor
 
 from olmo_core.diagnostics.measures import Comparison, bound, reference_dtype, row_error
 from olmo_core.diagnostics.reference import dense_attention
-from olmo_core.nn.attention.capabilities import Feature
+from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.config import AttentionBackendName
-from olmo_core.nn.attention.kernels import get_kernel
+from olmo_core.nn.attention.kernels.softmax import Feature, get_kernel
 from olmo_core.nn.attention.kv_cache import KVCacheManager
-from olmo_core.nn.attention.ops import attend
 from olmo_core.nn.attention.segments import Segments
 
 __all__ = ["CHECKS", "N_HEADS", "N_KV_HEADS", "Place"]

@@ -14,7 +14,6 @@ from torch import Tensor
 from olmo_core.config import DType
 from olmo_core.diagnostics.reference import Params, attention_layer
 from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
-from olmo_core.nn.attention.capabilities import Feature
 from olmo_core.nn.attention.config import (
     AttentionBackendName,
     AttentionConfig,
@@ -23,6 +22,7 @@ from olmo_core.nn.attention.config import (
     GateGranularity,
     SlidingWindowAttentionConfig,
 )
+from olmo_core.nn.attention.kernels.softmax import Feature
 from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
 from olmo_core.nn.rope import (
     ABFRoPEScalingConfig,

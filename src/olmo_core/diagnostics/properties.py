@@ -23,7 +23,7 @@ from olmo_core.diagnostics.subject import (
     answer,
 )
 from olmo_core.nn.attention.base import DecodingCache, SequenceMixer
-from olmo_core.nn.attention.capabilities import Feature
+from olmo_core.nn.attention.kernels.softmax import Feature
 
 __all__ = ["PROPERTIES", "Property"]
 

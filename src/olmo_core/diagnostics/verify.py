@@ -25,13 +25,8 @@ from olmo_core.diagnostics.mixers import MIXERS
 from olmo_core.diagnostics.properties import PROPERTIES
 from olmo_core.diagnostics.subject import Subject
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.attention.capabilities import (
-    CAPABILITIES,
-    Environment,
-    Feature,
-    Request,
-    refusals,
-)
+from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment, Request, refusals
+from olmo_core.nn.attention.kernels.softmax import Feature
 
 __all__ = ["KERNEL", "QUICK_MIXERS", "Cell", "Outcome", "cells", "mixer_names", "run"]
 

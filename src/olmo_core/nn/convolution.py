@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
 from olmo_core.nn.functional import compute_dtype
-from olmo_core.nn.registration import refuse_second_derivative, register_differentiable
 
 __all__ = ["CausalConv1d", "causal_conv1d"]
 
@@ -143,7 +143,7 @@ def causal_conv1d(
     positions, flat = None, x
     if cu_doc_lens is not None:
         # Imported here: the attention package imports this module.
-        from olmo_core.nn.attention.lengths import check_cu_doc_lens, document_positions
+        from olmo_core.nn.lengths import check_cu_doc_lens, document_positions
 
         total = x.shape[0] * x.shape[1]
         check_cu_doc_lens(cu_doc_lens, total, None)

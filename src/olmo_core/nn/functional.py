@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["compute_dtype", "l2_normalize"]
+__all__ = ["compute_dtype", "l2_normalize", "relative_error"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,3 +26,9 @@ def l2_normalize(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     y = x.to(compute_dtype(x.dtype))
     norm = torch.linalg.vector_norm(y, dim=dim, keepdim=True)
     return (y / torch.where(norm > 0, norm, 1)).to(x.dtype)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The norm of the difference over the norm of ``want``; NaN if ``got`` has any."""
+    want = want.detach().double()
+    return ((got.detach().double() - want).norm() / want.norm().clamp_min(1e-300)).item()

@@ -164,3 +164,19 @@ def test_bad_patterns(pattern: Any) -> None:
 def test_bad_windows(window: Any) -> None:
     with pytest.raises(OLMoConfigurationError, match="window_size"):
         Attention(d_model=16, n_heads=2, window_size=window)
+
+
+def test_a_pattern_that_reaches_no_layer_is_said_once() -> None:
+    window = SlidingWindowAttentionConfig(pattern=[4])
+    config = AttentionConfig(n_heads=2, sliding_window=window)
+    for n_layers in (1, 2):
+        with pytest.warns(UserWarning, match="force_full_attention_on_first_layer") as said:
+            for i in range(n_layers):
+                config.build(16, layer_idx=i, n_layers=n_layers)
+        assert len(said) == 1
+    for good in (
+        SlidingWindowAttentionConfig(pattern=[4], force_full_attention_on_first_layer=False),
+        SlidingWindowAttentionConfig(pattern=[-1]),
+    ):
+        AttentionConfig(n_heads=2, sliding_window=good).build(16, layer_idx=0, n_layers=2)
+    config.build(16, layer_idx=0, n_layers=3)

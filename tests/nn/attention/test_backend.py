@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,18 +13,27 @@ import torch
 
 from nn.attention.reference import relative
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.attention import Attention, AttentionBackendName, TorchAttentionBackend, selection
+from olmo_core.nn.attention import (
+    Attention,
+    AttentionBackendName,
+    FusedAttention,
+    TorchAttentionBackend,
+    selection,
+)
 from olmo_core.nn.attention.backend import BACKENDS, AutoAttentionBackend
 from olmo_core.nn.attention.capabilities import (
     CAPABILITIES,
     Environment,
-    Feature,
     Request,
     feature_reasons,
     installation_reasons,
     refusals,
 )
-from olmo_core.nn.attention.probe import probe
+from olmo_core.nn.attention.kernels.softmax import Feature, torch_sdpa
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+CU = torch.tensor([0, 2, 6], dtype=torch.int32)
 
 ALL = frozenset(p for c in CAPABILITIES.values() for p in c.packages)
 H100, A100, B200 = (Environment("cuda", cc, ALL) for cc in ((9, 0), (8, 0), (10, 0)))
@@ -79,16 +91,104 @@ def test_choice(env: Environment, request_: Request, name: str) -> None:
 
 def test_choice_passes_over_a_backend_that_fails_its_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        selection, "_probe", lambda name, *_: "broken" if name == "flash_4" else None
+        selection, "probe", lambda name, *_: ("broken" if name == "flash_4" else None, True)
     )
-    choice = selection.choose(H100, BF16, probe=True)
-    assert choice.name == "te" and choice.refused["flash_4"] == ["broken"]
+    choice = selection.choose(H100, BF16, torch.device("cuda", 0))
+    assert choice.name == "te" and choice.refused["flash_4"] == ["broken"] and choice.lasting
 
 
 def test_probe_reports_instead_of_raising() -> None:
-    assert probe("torch", "cpu", torch.float32, 8, {Feature.window, Feature.documents}) is None
-    assert probe("torch", "cpu", torch.bfloat16, 16) is None
-    assert "its probe failed" in probe("no_such_kernel", "cpu", torch.float32, 8)
+    probe = selection.probe
+    good = (None, True)
+    assert probe("torch", CPU, torch.float32, 8, {Feature.window, Feature.documents}) == good
+    assert probe("torch", CPU, torch.bfloat16, 16) == good
+    why, lasting = probe("no_such_kernel", CPU, torch.float32, 8)
+    assert why is not None and "its probe failed" in why and lasting
+
+
+def test_a_choice_made_without_memory_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed for want of memory may work later: neither probe nor choice remembers it."""
+    full = True
+
+    def measure(name: str, *_: Any) -> float:
+        if full and name == "flash_4":
+            raise torch.OutOfMemoryError("none left")
+        return 0.0
+
+    monkeypatch.setattr(selection, "_measure", measure)
+    monkeypatch.setattr(selection, "_PROBES", {})
+    monkeypatch.setattr(selection, "_CHOSEN", {})
+    monkeypatch.setattr(Environment, "detect", classmethod(lambda cls, device=None: H100))
+    asked = (None, torch.device("cuda", 0), torch.bfloat16, 128, (), True)
+    assert selection.kernel_for(*asked) == "te"
+    full = False
+    assert selection.kernel_for(*asked) == "flash_4"
+    full = True
+    assert selection.kernel_for(*asked) == "flash_4"
+
+
+def test_two_gpus_of_one_machine_have_a_choice_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_measure", lambda *_: 0.0)
+    monkeypatch.setattr(selection, "_PROBES", {})
+    monkeypatch.setattr(selection, "_CHOSEN", {})
+
+    def detect(cls: type, device: torch.device) -> Environment:
+        return H100 if device.index == 0 else A100
+
+    monkeypatch.setattr(Environment, "detect", classmethod(detect))
+    chosen = [
+        selection.kernel_for(None, torch.device("cuda", n), torch.bfloat16, 128, (), True)
+        for n in (0, 1)
+    ]
+    assert chosen == ["flash_4", "flash_2"]
+
+
+def test_times_are_those_of_one_run() -> None:
+    run = json.loads((ROOT / "benchmarks/results/kernels_gpu.json").read_text())
+    for name, row in CAPABILITIES.items():
+        for case, ms in row.measured.get((9, 0), {}).items():
+            assert ms == run[f"{name} {case} 2 x 8192"]["graph_fb_ms"], (name, case)
+
+
+CALLS: dict[Feature, Any] = {
+    Feature.window: lambda build: build(window_size=2)(torch.randn(1, 6, 16)),
+    Feature.documents: lambda build: build()(torch.randn(1, 6, 16), cu_doc_lens=CU),
+    Feature.left_padding: lambda build: build()(torch.randn(1, 6, 16), cache_leftpad=CU[1:2]),
+    Feature.packed_qkv: lambda build: FusedAttention(d_model=16, n_heads=2, backend="torch")(
+        torch.randn(1, 6, 16)
+    ),
+    Feature.dropout: lambda build: build(dropout=0.5)(torch.randn(1, 6, 16)),
+    Feature.backward: lambda build: build()(torch.randn(1, 6, 16)),
+    Feature.kv_cache: lambda build: build().init_kv_cache_manager(1, 8),
+}
+
+
+@pytest.mark.parametrize("feature", [*CALLS, Feature.deterministic])
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_what_a_row_lacks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, feature: Feature, backend: str | None
+) -> None:
+    row = replace(CAPABILITIES["torch"], missing={feature: "the test took it"})
+    monkeypatch.setattr(torch_sdpa, "CAPABILITIES", row)
+    monkeypatch.setattr(selection, "_CHOSEN", {})
+    if feature == Feature.packed_qkv and backend is None:
+        backend = "torch"
+
+    def build(**options: Any) -> Attention:
+        return Attention(d_model=16, n_heads=2, backend=backend, **options)
+
+    ask = CALLS.get(feature, CALLS[Feature.backward])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(feature == Feature.deterministic)
+    try:
+        with pytest.raises(RuntimeError, match=f"no {feature}: the test took it"):
+            ask(build)
+        if feature in (Feature.backward, Feature.deterministic):
+            with torch.no_grad():
+                torch.use_deterministic_algorithms(False)
+                ask(build)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def test_features_are_answered_from_the_table() -> None:
@@ -120,7 +220,7 @@ def test_a_backend_built_directly_raises_without_its_gpu() -> None:
 
 @no_gpu
 def test_a_layer_falls_back_with_a_warning_when_it_resolves() -> None:
-    selection._kernel_for.cache_clear()
+    selection._CHOSEN.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer = Attention(d_model=16, n_heads=2, backend="flash_3")
@@ -177,9 +277,6 @@ def qkv(t: int = 6) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(1, t, 2, 4) for _ in range(3))
 
 
-CU = torch.tensor([0, 2, 6], dtype=torch.int32)
-
-
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "match"),
     [
@@ -188,9 +285,9 @@ CU = torch.tensor([0, 2, 6], dtype=torch.int32)
         (((*qkv()[:2], torch.randn(1, 6, 3, 4)),), {}, ValueError, "v must have shape"),
         ((tuple(x[..., :3] for x in qkv()),), {}, ValueError, "q must have shape"),
         ((tuple(x[:, :0] for x in qkv()),), {}, ValueError, "empty"),
-        ((qkv(),), {"max_doc_len": 6}, ValueError, "without the lengths"),
-        ((qkv(),), {"max_doc_len_q": 6}, ValueError, "without the lengths"),
-        ((qkv(),), {"local_k_slice": slice(0, 3)}, ValueError, "without the lengths"),
+        ((qkv(),), {"max_doc_len": 6}, ValueError, "the lengths that it is about"),
+        ((qkv(),), {"max_doc_len_q": 6}, ValueError, "the lengths that it is about"),
+        ((qkv(),), {"local_k_slice": slice(0, 3)}, ValueError, "the lengths that it is about"),
         ((qkv(),), {"cu_doc_lens_q": CU}, ValueError, "required together"),
         ((qkv(),), {"cu_doc_lens": CU, "cu_doc_lens_q": CU}, ValueError, "not both"),
         ((qkv(),), {"cu_doc_lens_q": CU, "cu_doc_lens_k": CU[:2]}, ValueError, "each segment"),

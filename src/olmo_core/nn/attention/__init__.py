@@ -3,6 +3,7 @@
 from olmo_core.nn.attention.attention import Attention, FusedAttention, NormalizedAttention
 from olmo_core.nn.attention.backend import (
     AttentionBackend,
+    AttentionBackendName,
     FlashAttention2Backend,
     FlashAttention3Backend,
     FlashAttention4Backend,
@@ -11,7 +12,6 @@ from olmo_core.nn.attention.backend import (
 )
 from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
 from olmo_core.nn.attention.config import (
-    AttentionBackendName,
     AttentionConfig,
     AttentionType,
     GateConfig,

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.attention.config import AttentionBackendName, GateConfig, GateGranularity
+from olmo_core.nn.attention.backend import AttentionBackendName
 from olmo_core.nn.attention.fused_qk import fused_qk
-from olmo_core.nn.attention.inputs import Inputs, read_inputs
+from olmo_core.nn.attention.gate import GateConfig, apply_gate
+from olmo_core.nn.attention.inputs import Call
 from olmo_core.nn.attention.softmax import AttentionShape, SoftmaxAttention
 from olmo_core.nn.functional import l2_normalize
 from olmo_core.nn.layer_norm import LayerNorm, LayerNormConfig
@@ -156,33 +157,30 @@ class Attention(SoftmaxAttention):
         :raises ValueError: If inputs do not fit the layer or each other.
         :raises RuntimeError: If the backend can't serve the call; the message has every reason.
         """
-        inputs = read_inputs(
-            self,
+        call = self._read(
             x,
             cu_doc_lens=cu_doc_lens,
             max_doc_len=max_doc_len,
             cache_leftpad=cache_leftpad,
             rope_buffers={"pos_sin": pos_sin, "pos_cos": pos_cos, "freqs_cis": freqs_cis},
             global_cu_doc_lens=global_cu_doc_lens,
-            shard={
-                "cu_doc_lens_q": cu_doc_lens_q,
-                "cu_doc_lens_k": cu_doc_lens_k,
-                "max_doc_len_q": max_doc_len_q,
-                "max_doc_len_k": max_doc_len_k,
-                "local_k_slice": local_k_slice,
-            },
+            cu_doc_lens_q=cu_doc_lens_q,
+            cu_doc_lens_k=cu_doc_lens_k,
+            max_doc_len_q=max_doc_len_q,
+            max_doc_len_k=max_doc_len_k,
+            local_k_slice=local_k_slice,
         )
         q, k, v = (self._clip(w(x)) for w in (self.w_q, self.w_k, self.w_v))
         q, k, v = (self._split(y) for y in (q, k, v))
-        q, k = self._normalize_and_rotate(q, k, inputs)
-        att = self._attend((q, k, v), inputs)  # (B, T, H, D)
-        return self._output(self._gated(att, x).flatten(2), inputs)
+        q, k = self._normalize_and_rotate(q, k, call)
+        att = self._attend((q, k, v), call)  # (B, T, H, D)
+        return self._output(self._gated(att, x).flatten(2), call)
 
     def _split(self, x: Tensor) -> Tensor:
         """``(..., heads * D)`` to ``(..., heads, D)``."""
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def _normalize_and_rotate(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def _normalize_and_rotate(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """qk-norm, then RoPE: one kernel where it can serve."""
         fused = fused_qk(
             q,
@@ -191,9 +189,9 @@ class Attention(SoftmaxAttention):
             k_norm=self.k_norm,
             per_head=self.use_head_qk_norm,
             rope=self.rope,
-            rope_inputs=inputs.rope,
+            rope_inputs=call.rope,
         )
-        return self._rotate(*self._normalize(q, k), inputs) if fused is None else fused
+        return self._rotate(*self._normalize(q, k), call) if fused is None else fused
 
     def _normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """qk-norm over the full width or each head."""
@@ -206,16 +204,7 @@ class Attention(SoftmaxAttention):
     def _gated(self, att: Tensor, x: Tensor) -> Tensor:
         if self.gate is None or self.w_g is None:
             return att
-        gate = self.w_g(x)
-        gate = (
-            gate[..., None]
-            if self.gate.granularity == GateGranularity.headwise
-            else self._split(gate)
-        )
-        if not self.gate.full_precision:
-            return att * torch.sigmoid(gate)
-        dtype = torch.promote_types(att.dtype, torch.float32)
-        return (att.to(dtype) * torch.sigmoid(gate.to(dtype))).to(att.dtype)
+        return apply_gate(att, self.w_g(x), self.gate)
 
 
 class NormalizedAttention(Attention):
@@ -277,13 +266,11 @@ class NormalizedAttention(Attention):
         self.sq.fill_(self.sq_init_scaling)
         self.sk.fill_(self.sk_init_scaling)
 
-    def _normalize_and_rotate(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def _normalize_and_rotate(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         q, k = self._normalize(q, k)
         sq = self.sq * (self.sq_init_value / self.sq_init_scaling)
         sk = self.sk * (self.sk_init_value / self.sk_init_scaling)
-        return self._rotate(
-            q * self._split(sq).to(q.dtype), k * self._split(sk).to(k.dtype), inputs
-        )
+        return self._rotate(q * self._split(sq).to(q.dtype), k * self._split(sk).to(k.dtype), call)
 
     @torch.no_grad()
     def normalize_matrices(self) -> None:
@@ -380,21 +367,19 @@ class FusedAttention(SoftmaxAttention):
 
         The other parameters are those of :meth:`Attention.forward`.
         """
-        inputs = read_inputs(
-            self,
+        call = self._read(
             x,
             cu_doc_lens=cu_doc_lens,
             max_doc_len=max_doc_len,
             cache_leftpad=cache_leftpad,
             rope_buffers={"pos_sin": pos_sin, "pos_cos": pos_cos, "freqs_cis": freqs_cis},
             global_cu_doc_lens=global_cu_doc_lens,
-            shard={},
         )
         qkv = self._clip(self.w_qkv(x)).unflatten(-1, (3, self.n_heads, self.head_dim))
         if self.rope is None:
-            att = self._attend(qkv, inputs)
+            att = self._attend(qkv, call)
         else:
             q, k, v = qkv.unbind(2)
-            q, k = self._rotate(q, k, inputs)
-            att = self._attend((q, k, v), inputs)
-        return self._output(att.flatten(2), inputs)
+            q, k = self._rotate(q, k, call)
+            att = self._attend((q, k, v), call)
+        return self._output(att.flatten(2), call)

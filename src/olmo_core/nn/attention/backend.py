@@ -8,27 +8,25 @@ folded into :class:`Segments` here, once for all of them; what a backend can't d
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from olmo_core.config import StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.base import require_cp_style
 from olmo_core.nn.attention.capabilities import (
     CAPABILITIES,
-    Capabilities,
     Environment,
-    Feature,
     feature_reasons,
     installation_reasons,
 )
-from olmo_core.nn.attention.config import AttentionBackendName
 from olmo_core.nn.attention.decode import decode
-from olmo_core.nn.attention.keywords import fold
+from olmo_core.nn.attention.inputs import fold
+from olmo_core.nn.attention.kernels.softmax import Capabilities, Feature, declare_kernel
 from olmo_core.nn.attention.kv_cache import KVCacheManager
-from olmo_core.nn.attention.ops import attend
 from olmo_core.nn.attention.segments import Segments
 from olmo_core.nn.attention.selection import kernel_for, refusal
 from olmo_core.utils import runs_eagerly
@@ -42,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "AttentionBackend",
+    "AttentionBackendName",
     "AutoAttentionBackend",
     "FlashAttention2Backend",
     "FlashAttention3Backend",
@@ -49,6 +48,57 @@ __all__ = [
     "TEAttentionBackend",
     "TorchAttentionBackend",
 ]
+
+
+BACKENDS: dict[str, type[AttentionBackend]] = {}
+"""By name: every class that names the file of its kernel."""
+
+
+class AttentionBackendName(StrEnum):
+    """An enumeration of the different attention backends."""
+
+    torch = "torch"
+    """PyTorch's own fused attention. Works on all devices."""
+    flash_2 = "flash_2"
+    """FlashAttention-2, from the flash-attn package or torch's own copy. Ampere and newer."""
+    flash_3 = "flash_3"
+    """FlashAttention-3. Hopper only."""
+    flash_4 = "flash_4"
+    """FlashAttention-4, the CuTe implementation. Hopper and newer."""
+    te = "te"
+    """Transformer Engine. Hopper and newer."""
+
+    def get_class(self) -> type[AttentionBackend]:
+        """The backend's class."""
+        return BACKENDS[self]
+
+    def build(self, **kwargs: Any) -> AttentionBackend:
+        """Build the backend; see :class:`AttentionBackend` for the arguments."""
+        return self.get_class()(**kwargs)
+
+    def assert_supported(self) -> None:
+        """:raises RuntimeError: If the backend can't run on this machine."""
+        self.get_class().assert_supported()
+
+    def assert_supports_swa(self) -> None:
+        """:raises RuntimeError: If the backend has no sliding windows."""
+        self.get_class().assert_supports_swa()
+
+    def assert_supports_ring_cp(self) -> None:
+        """:raises RuntimeError: If the backend has no ring context parallelism."""
+        self.get_class().assert_supports_ring_cp()
+
+    def assert_supports_ulysses_cp(self) -> None:
+        """:raises RuntimeError: If the backend has no Ulysses context parallelism."""
+        self.get_class().assert_supports_ulysses_cp()
+
+    def assert_supports_packed_qkv(self) -> None:
+        """:raises RuntimeError: If the backend doesn't take packed QKV."""
+        self.get_class().assert_supports_packed_qkv()
+
+    def assert_supports_kv_cache(self) -> None:
+        """:raises RuntimeError: If the backend has no KV caching."""
+        self.get_class().assert_supports_kv_cache()
 
 
 class AttentionBackend(nn.Module, ABC):
@@ -69,6 +119,15 @@ class AttentionBackend(nn.Module, ABC):
     """
 
     name: ClassVar[AttentionBackendName | None] = None
+    kernel_file: ClassVar[str] = ""
+    """The file of ``kernels/softmax/`` that holds its kernel and its row of capabilities."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.kernel_file:
+            assert cls.name is not None
+            declare_kernel(str(cls.name), cls.kernel_file)
+            BACKENDS[str(cls.name)] = cls
 
     def __init__(
         self,
@@ -209,6 +268,8 @@ class AttentionBackend(nn.Module, ABC):
         max_doc_len_k: int | None = None,
         local_k_slice: slice | None = None,
         kv_cache_manager: KVCacheManager | None = None,
+        *,
+        segments: Segments | None = None,
     ) -> Tensor:
         """Run the attention operation.
 
@@ -221,26 +282,39 @@ class AttentionBackend(nn.Module, ABC):
         :param max_doc_len: An upper bound of the longest document; ``_q`` and ``_k`` likewise.
         :param local_k_slice: The part of the flattened keys that ``cu_doc_lens_k`` describes.
         :param kv_cache_manager: Attend to the cached keys too, and store the new ones.
+        :param segments: All the keywords before, checked and folded into one value; instead of
+            them.
         :returns: ``(batch, seq, n_heads, head_dim)``.
         :raises ValueError: If inputs do not fit together.
         :raises RuntimeError: If the backend can't serve the call; the message has every reason.
         """
         q, k, v = self._unpack(qkv)
+        lengths = {
+            "cu_doc_lens": cu_doc_lens,
+            "cu_doc_lens_q": cu_doc_lens_q,
+            "cu_doc_lens_k": cu_doc_lens_k,
+            "max_doc_len": max_doc_len,
+            "max_doc_len_q": max_doc_len_q,
+            "max_doc_len_k": max_doc_len_k,
+            "local_k_slice": local_k_slice,
+        }
+        given = [name for name, value in lengths.items() if value is not None]
         if kv_cache_manager is not None:
-            given = (cu_doc_lens, cu_doc_lens_q, cu_doc_lens_k, max_doc_len, max_doc_len_q)
-            if any(x is not None for x in (*given, max_doc_len_k, local_k_slice)):
+            if given or segments is not None:
                 raise ValueError(
-                    "A KV cache holds one document a row, so it can't be used with cu_doc_lens or "
-                    "max_doc_len. Prefill each document as a row, padded on the left."
+                    "A KV cache holds one document a row, so it can't be used with "
+                    f"{', '.join(given) or 'segments'}. Prefill each document as a row, padded on "
+                    "the left."
                 )
             return self._cached(q, k, v, kv_cache_manager)
-        segments, k, v = fold(
-            q, k, v, self.window,
-            cu_doc_lens=cu_doc_lens, cu_doc_lens_q=cu_doc_lens_q, cu_doc_lens_k=cu_doc_lens_k,
-            max_doc_len=max_doc_len, max_doc_len_q=max_doc_len_q, max_doc_len_k=max_doc_len_k,
-            local_k_slice=local_k_slice,
-        )  # fmt: skip
-        return self._attend(q, k, v, segments)
+        packed = isinstance(qkv, Tensor)
+        if segments is not None:
+            if given:
+                raise ValueError(f"Pass either segments or {', '.join(given)}, not both.")
+            return self._attend(q, k, v, segments, packed)
+        if local_k_slice is not None:
+            k, v = (x.flatten(0, 1)[None, local_k_slice] for x in (k, v))
+        return self._attend(q, k, v, fold(q, k, self.window, **lengths), packed)
 
     def _unpack(self, qkv: Tensor | tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(qkv, Tensor):
@@ -263,23 +337,35 @@ class AttentionBackend(nn.Module, ABC):
                 raise ValueError(f"{name} is empty: shape {tuple(x.shape)}.")
         return q, k, v
 
-    def _kernel(self, q: Tensor, *features: Feature) -> str:
-        device = q.device.type
+    def _kernel(self, q: Tensor, wants_gradient: bool, *features: Feature) -> str:
+        """The kernel for a call that asks for ``features``."""
         dtype = q.dtype
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(q.device.type)
         if self.window >= 0:
             features = (*features, Feature.window)
+        if wants_gradient:
+            features = (*features, Feature.backward)
+        if torch.are_deterministic_algorithms_enabled():
+            features = (*features, Feature.deterministic)
         name = None if self.name is None else str(self.name)
         asked = tuple(str(f) for f in features)
-        return kernel_for(name, device, dtype, self.head_dim, asked, self.fallback)
+        return kernel_for(name, q.device, dtype, self.head_dim, asked, self.fallback)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, packed: bool = False
+    ) -> Tensor:
         dropout_p = self.dropout_p if self.training else 0.0
-        features = (Feature.documents,) if segments.cu_q is not None else ()
-        if dropout_p:
-            features = (*features, Feature.dropout)
-        kernel = self._kernel(q, *features)
+        wants_gradient = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad
+        )
+        asked = (
+            (Feature.documents, segments.cu_q is not None),
+            (Feature.left_padding, segments.padded),
+            (Feature.packed_qkv, packed),
+            (Feature.dropout, dropout_p > 0),
+        )
+        kernel = self._kernel(q, wants_gradient, *(f for f, wanted in asked if wanted))
         return attend(q, k, v, segments, scale=self.scale, dropout_p=dropout_p, kernel=kernel)
 
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCacheManager) -> Tensor:
@@ -298,7 +384,10 @@ class AttentionBackend(nn.Module, ABC):
         n = q.shape[1]
         q = q.to(cache.dtype)
         one_query = n == 1 and cache.one_range
-        kernel = "" if one_query else self._kernel(q, Feature.documents, Feature.kv_cache)
+        asked = [Feature.documents, Feature.kv_cache]
+        if cache.has_leftpad:
+            asked.append(Feature.left_padding)
+        kernel = "" if one_query else self._kernel(q, False, *asked)
         if runs_eagerly(q.device):
             cache.reserve(n)
         if one_query:
@@ -312,30 +401,35 @@ class TorchAttentionBackend(AttentionBackend):
     """PyTorch's built-in scaled dot-product attention (SDPA) backend. Works on all devices."""
 
     name = AttentionBackendName.torch
+    kernel_file = "torch_sdpa"
 
 
 class FlashAttention2Backend(AttentionBackend):
     """FlashAttention-2, from the flash-attn package or the copy inside torch."""
 
     name = AttentionBackendName.flash_2
+    kernel_file = "flash_2"
 
 
 class FlashAttention3Backend(AttentionBackend):
     """SDPA from the flash-attn 3 package."""
 
     name = AttentionBackendName.flash_3
+    kernel_file = "flash_3"
 
 
 class FlashAttention4Backend(AttentionBackend):
     """SDPA from flash-attn 4 (CUTE implementation)."""
 
     name = AttentionBackendName.flash_4
+    kernel_file = "flash_4"
 
 
 class TEAttentionBackend(AttentionBackend):
     """SDPA from Transformer Engine."""
 
     name = AttentionBackendName.te
+    kernel_file = "te"
 
 
 class AutoAttentionBackend(AttentionBackend):
@@ -348,15 +442,3 @@ class AutoAttentionBackend(AttentionBackend):
     @classmethod
     def _capabilities(cls) -> Capabilities:
         return CAPABILITIES[AttentionBackendName.torch]
-
-
-BACKENDS: Mapping[str, type[AttentionBackend]] = {
-    str(cls.name): cls
-    for cls in (
-        TorchAttentionBackend,
-        FlashAttention2Backend,
-        FlashAttention3Backend,
-        FlashAttention4Backend,
-        TEAttentionBackend,
-    )
-}

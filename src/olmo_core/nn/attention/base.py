@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from olmo_core.config import Config, Registrable
-from olmo_core.nn.attention.lengths import check_leftpad
+from olmo_core.nn.lengths import check_leftpad
 from olmo_core.utils import runs_eagerly
 
 if TYPE_CHECKING:

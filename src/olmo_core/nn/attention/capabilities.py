@@ -7,140 +7,38 @@ so "an H100 without FlashAttention-3" is a test on a laptop.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
-from olmo_core.config import StrEnum
-
-__all__ = [
-    "CAPABILITIES",
-    "Capabilities",
-    "Environment",
-    "Feature",
-    "Request",
-    "feature_reasons",
-    "installation_reasons",
-    "refusals",
-]
-
-
-class Feature(StrEnum):
-    """Something that can be asked of a backend."""
-
-    window = "window"
-    """Sliding window attention."""
-    documents = "documents"
-    """Intra-document masking of packed sequences."""
-    packed_qkv = "packed_qkv"
-    """Queries, keys and values as one tensor."""
-    kv_cache = "kv_cache"
-    """Prefill and decoding with a cache of keys and values."""
-    left_padding = "left_padding"
-    """Rows of different length, padded on the left."""
-    dropout = "dropout"
-    """Dropout of attention weights."""
-    backward = "backward"
-    """Gradients."""
-    lse = "lse"
-    """The log-sum-exp, and gradients from one that was merged over key blocks."""
-    deterministic = "deterministic"
-    """The same bits on each run, under ``torch.use_deterministic_algorithms``."""
-    ring_cp = "ring_cp"
-    """Ring context parallelism."""
-    ulysses_cp = "ulysses_cp"
-    """Ulysses context parallelism."""
-
-
-_HALF = (torch.float16, torch.bfloat16)
-_NO_CP = "context parallelism is not part of this version"
-_NO_DROPOUT = "its kernels have no dropout"
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """One backend's row of the table."""
-
-    name: str
-    title: str
-    """The library's own name."""
-    packages: tuple[str, ...] = ()
-    """Modules, any one of which provides it; none if torch alone does."""
-    install: str = ""
-    """The command that installs it."""
-    compute_capability: tuple[tuple[int, int], tuple[int, int]] | None = None
-    """The NVIDIA GPUs that run it, first and last included, or None for any device."""
-    dtypes: tuple[torch.dtype, ...] = _HALF
-    max_head_dim: int | None = None
-    head_dim_multiple: int = 1
-    missing: Mapping[Feature, str] = field(default_factory=dict)
-    """Why, for each feature that it does not have."""
-
-
-def _missing(**reasons: str) -> Mapping[Feature, str]:
-    cp = {Feature.ring_cp: _NO_CP, Feature.ulysses_cp: _NO_CP}
-    return MappingProxyType({**{Feature(k): v for k, v in reasons.items()}, **cp})
-
-
-_NEWEST = (12, 9)
-
-CAPABILITIES: Mapping[str, Capabilities] = MappingProxyType(
-    {
-        c.name: c
-        for c in (
-            Capabilities(
-                name="torch",
-                title="PyTorch's fused attention",
-                dtypes=(*_HALF, torch.float32, torch.float64),
-                missing=_missing(),
-            ),
-            Capabilities(
-                name="flash_2",
-                title="FlashAttention-2 (flash-attn, or torch's own copy)",
-                install="pip install flash-attn --no-build-isolation",
-                compute_capability=((8, 0), _NEWEST),
-                max_head_dim=256,
-                missing=_missing(),
-            ),
-            Capabilities(
-                name="flash_3",
-                title="FlashAttention-3",
-                packages=("flash_attn_3", "flash_attn_interface"),
-                install="build hopper/ of flash-attention, or pip install tokenspeed-fa3",
-                compute_capability=((9, 0), (9, 0)),
-                max_head_dim=256,
-                head_dim_multiple=8,
-                missing=_missing(dropout=_NO_DROPOUT),
-            ),
-            Capabilities(
-                name="flash_4",
-                title="FlashAttention-4 (CuTe)",
-                packages=("flash_attn.cute",),
-                install="pip install --pre flash-attn-4",
-                compute_capability=((9, 0), _NEWEST),
-                max_head_dim=128,
-                head_dim_multiple=8,
-                missing=_missing(dropout=_NO_DROPOUT),
-            ),
-            Capabilities(
-                name="te",
-                title="Transformer Engine",
-                packages=("transformer_engine",),
-                install='pip install --no-build-isolation "transformer_engine[pytorch]"',
-                compute_capability=((9, 0), _NEWEST),
-                max_head_dim=128,
-                head_dim_multiple=8,
-                missing=_missing(
-                    dropout="its dropout draws from a state that can't be replayed block by block"
-                ),
-            ),
-        )
-    }
+from olmo_core.nn.attention.kernels.softmax import (
+    Capabilities,
+    Feature,
+    capabilities_of,
+    kernel_names,
 )
+
+
+class Table(Mapping[str, Capabilities]):
+    """The rows of all declared kernels, by name. A row is read from its kernel's file when it is
+    first asked for, so that importing a layer loads none."""
+
+    def __getitem__(self, name: str) -> Capabilities:
+        if name not in kernel_names():
+            raise KeyError(name)
+        return capabilities_of(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(kernel_names())
+
+    def __len__(self) -> int:
+        return len(list(kernel_names()))
+
+
+CAPABILITIES: Mapping[str, Capabilities] = Table()
 
 
 @dataclass(frozen=True)
@@ -164,14 +62,11 @@ class Environment:
             if has_cuda
             else None
         )
-        return cls(device.type, capability, _found_packages())
+        packages = {p for c in CAPABILITIES.values() for p in c.packages}
+        return cls(device.type, capability, frozenset(filter(_can_be_found, packages)))
 
 
-@lru_cache(maxsize=1)
-def _found_packages() -> frozenset[str]:
-    return frozenset(p for c in CAPABILITIES.values() for p in c.packages if _can_be_found(p))
-
-
+@cache
 def _can_be_found(module: str) -> bool:
     """Whether a module exists, without importing the package that it is in."""
     top, *rest = module.split(".")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from olmo_core.config import Config, DType, StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention.attention import Attention, FusedAttention, NormalizedAttention
+from olmo_core.nn.attention.backend import AttentionBackendName
 from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
+from olmo_core.nn.attention.gate import GateConfig, GateGranularity
+from olmo_core.nn.attention.softmax import AttentionShape
 from olmo_core.nn.layer_norm import LayerNormConfig
 from olmo_core.nn.rope import RoPEConfig
 
 if TYPE_CHECKING:
-    from olmo_core.nn.attention.backend import AttentionBackend
     from olmo_core.nn.buffer_cache import BufferCache
 
 __all__ = [
@@ -34,55 +38,6 @@ class AttentionType(StrEnum):
     """:class:`FusedAttention`"""
     normalized = "normalized"
     """:class:`NormalizedAttention`"""
-
-
-class AttentionBackendName(StrEnum):
-    """An enumeration of the different attention backends."""
-
-    torch = "torch"
-    """PyTorch's own fused attention. Works on all devices."""
-    flash_2 = "flash_2"
-    """FlashAttention-2, from the flash-attn package or torch's own copy. Ampere and newer."""
-    flash_3 = "flash_3"
-    """FlashAttention-3. Hopper only."""
-    flash_4 = "flash_4"
-    """FlashAttention-4, the CuTe implementation. Hopper and newer."""
-    te = "te"
-    """Transformer Engine. Hopper and newer."""
-
-    def get_class(self) -> type[AttentionBackend]:
-        """The backend's class."""
-        from olmo_core.nn.attention.backend import BACKENDS
-
-        return BACKENDS[self]
-
-    def build(self, **kwargs: Any) -> AttentionBackend:
-        """Build the backend; see :class:`AttentionBackend` for the arguments."""
-        return self.get_class()(**kwargs)
-
-    def assert_supported(self) -> None:
-        """:raises RuntimeError: If the backend can't run on this machine."""
-        self.get_class().assert_supported()
-
-    def assert_supports_swa(self) -> None:
-        """:raises RuntimeError: If the backend has no sliding windows."""
-        self.get_class().assert_supports_swa()
-
-    def assert_supports_ring_cp(self) -> None:
-        """:raises RuntimeError: If the backend has no ring context parallelism."""
-        self.get_class().assert_supports_ring_cp()
-
-    def assert_supports_ulysses_cp(self) -> None:
-        """:raises RuntimeError: If the backend has no Ulysses context parallelism."""
-        self.get_class().assert_supports_ulysses_cp()
-
-    def assert_supports_packed_qkv(self) -> None:
-        """:raises RuntimeError: If the backend doesn't take packed QKV."""
-        self.get_class().assert_supports_packed_qkv()
-
-    def assert_supports_kv_cache(self) -> None:
-        """:raises RuntimeError: If the backend has no KV caching."""
-        self.get_class().assert_supports_kv_cache()
 
 
 @dataclass
@@ -119,6 +74,20 @@ class SlidingWindowAttentionConfig(Config):
             return -1
         return self.pattern[(layer_idx - first) % len(self.pattern)]
 
+    def _warn_without_effect(self, n_layers: int) -> None:
+        """Say so if the pattern has windows and none of ``n_layers`` layers gets one."""
+        if any(w != -1 for w in self.pattern) and not any(
+            self.should_use_swa(i, n_layers) for i in range(n_layers)
+        ):
+            warnings.warn(
+                f"The window pattern {list(self.pattern)} reaches none of {n_layers} layers: the "
+                "first and the last are full by default. Set "
+                "force_full_attention_on_first_layer=False or "
+                "force_full_attention_on_last_layer=False.",
+                UserWarning,
+                stacklevel=3,
+            )
+
     def should_use_swa(self, layer_idx: int, n_layers: int) -> bool:
         """Whether the layer uses sliding window attention.
 
@@ -138,41 +107,6 @@ class SlidingWindowAttentionConfig(Config):
                 "should_use_swa first."
             )
         return window
-
-
-class GateGranularity(StrEnum):
-    """How many gate values there are."""
-
-    headwise = "headwise"
-    """One gate value per attention head, broadcast across the head dimension."""
-    elementwise = "elementwise"
-    """One gate value per output element."""
-
-
-@dataclass
-class GateConfig(Config):
-    """A sigmoid gate on the output of attention, before the output projection.
-
-    Qiu et al., "Gated Attention for Large Language Models" (2025).
-    """
-
-    granularity: GateGranularity = GateGranularity.headwise
-    """The granularity of gating to use."""
-    full_precision: bool = True
-    """Whether to apply the gate in float32 at least, whatever the input's dtype."""
-
-    def __post_init__(self) -> None:
-        try:
-            self.granularity = GateGranularity(self.granularity)
-        except ValueError:
-            choices = ", ".join(GateGranularity)
-            raise OLMoConfigurationError(
-                f"A gate's granularity is one of {choices}, got {self.granularity!r}."
-            ) from None
-
-    def num_values(self, n_heads: int, head_dim: int) -> int:
-        """Gate values per token."""
-        return n_heads * (1 if self.granularity == GateGranularity.headwise else head_dim)
 
 
 @SequenceMixerConfig.register("attention")
@@ -206,8 +140,6 @@ class AttentionConfig(SequenceMixerConfig[SequenceMixer]):
 
         :param d_model: The model dimensionality.
         """
-        from olmo_core.nn.attention.softmax import AttentionShape
-
         shape = AttentionShape.of(d_model, self.n_heads, self.n_kv_heads, self.head_dim)
         name = AttentionType(self.name)
         bias = name != AttentionType.normalized and self.bias is not False
@@ -240,15 +172,14 @@ class AttentionConfig(SequenceMixerConfig[SequenceMixer]):
         :raises OLMoConfigurationError: If an option is wrong, or one that the class lacks.
         :raises ValueError: If there is no such layer.
         """
-        from olmo_core.nn.attention.attention import Attention, FusedAttention, NormalizedAttention
-
         if not 0 <= layer_idx < n_layers:
             raise ValueError(f"layer_idx must be in [0, {n_layers}), got {layer_idx}.")
         window = None
-        if self.sliding_window is not None and self.sliding_window.should_use_swa(
-            layer_idx, n_layers
-        ):
-            window = self.sliding_window.get_window_size(layer_idx, n_layers)
+        if self.sliding_window is not None:
+            if self.sliding_window.should_use_swa(layer_idx, n_layers):
+                window = self.sliding_window.get_window_size(layer_idx, n_layers)
+            elif layer_idx == 0:
+                self.sliding_window._warn_without_effect(n_layers)
         rope = self.rope
         if rope is not None and rope.no_global_rope and window is None:
             rope = None

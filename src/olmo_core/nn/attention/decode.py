@@ -13,7 +13,7 @@ from torch import Tensor
 
 from olmo_core.nn.attention.kernels import decode_triton
 from olmo_core.nn.attention.kv_cache import KVCacheManager
-from olmo_core.nn.registration import is_observed
+from olmo_core.nn.dispatch import is_observed
 
 __all__ = ["decode"]
 

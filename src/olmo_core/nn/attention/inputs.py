@@ -1,36 +1,146 @@
-"""What a call of an attention layer asks for: checked at the door, before anything is computed."""
+"""The door of every mixer and backend: its keywords become one value, checked once, before anything
+is computed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import difflib
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.lengths import (
+from olmo_core.nn.attention.base import DecodingCache
+from olmo_core.nn.attention.segments import Segments
+from olmo_core.nn.lengths import (
+    can_be_read,
     check_cu_doc_lens,
     check_leftpad,
     document_positions,
-    host_lengths,
     leftpad_to_cu_doc_lens,
 )
-from olmo_core.utils import runs_eagerly
 
-if TYPE_CHECKING:
-    from olmo_core.nn.attention.softmax import SoftmaxAttention
+_LENGTHS_OF_Q_AND_K = (
+    "cu_doc_lens_q",
+    "cu_doc_lens_k",
+    "max_doc_len_q",
+    "max_doc_len_k",
+    "local_k_slice",
+)
+_BOUND_OF = {
+    "max_doc_len": "cu_doc_lens",
+    "max_doc_len_q": "cu_doc_lens_q",
+    "max_doc_len_k": "cu_doc_lens_k",
+    "local_k_slice": "cu_doc_lens_k",
+}
+_A_DOCUMENT_A_ROW = (
+    "A decoding cache holds one document a row, so it can't be used with {}. Prefill each document "
+    "as a row, padded on the left with cache_leftpad."
+)
 
-__all__ = ["Inputs", "check_hidden_states", "read_inputs"]
 
+class Call(NamedTuple):
+    """A call of a mixer, in the terms of the parts that serve it."""
 
-class Inputs(NamedTuple):
-    """A call, in the terms of the parts that serve it."""
-
-    lengths: dict[str, Any]
-    """The backend's length keywords."""
-    rope: dict[str, Any]
-    """The RoPE module's keywords: positions, or the rows of its tables."""
+    segments: Segments
+    """What may attend to what. With a decoding cache, of the new tokens alone."""
+    positions: Tensor | None
+    """Each token's position, ``(seq,)`` or ``(batch, seq)`` integers; None for 0, 1, 2, ..."""
+    max_position: int
+    """An upper bound of the positions, exclusive."""
     padding: Tensor | None
     """``(batch, seq)`` bool, True where a token is left padding."""
+    rope_buffers: dict[str, Tensor]
+    """The rows of the RoPE tables, where the caller brings them."""
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """The keywords of a RoPE module."""
+        if self.positions is None:
+            return self.rope_buffers
+        return {"positions": self.positions, "max_position": self.max_position}
+
+
+def read_call(
+    x: Tensor,
+    *,
+    weight: Tensor,
+    d_model: int,
+    cache: DecodingCache | None,
+    wants_gradient: bool,
+    window: int = -1,
+    has_rope: bool = False,
+    cu_doc_lens: Tensor | None = None,
+    max_doc_len: int | None = None,
+    cache_leftpad: Tensor | None = None,
+    global_cu_doc_lens: Tensor | None = None,
+    rope_buffers: dict[str, Tensor | None] | None = None,
+    **shard: Any,
+) -> Call:
+    """Check a call of a mixer, and that its decoding cache, if it has one, has room for it.
+
+    :param weight: A parameter of the mixer, for its device and dtype.
+    :param wants_gradient: Whether a parameter of the mixer wants one.
+    :param window: The backend's, in keys, or -1.
+    :param has_rope: Whether the mixer rotates queries and keys.
+    :param shard: The keywords that only a context-parallel shard has.
+    :raises ValueError: If something is missing, contradictory or of the wrong shape.
+    :raises TypeError: If something has the wrong type or dtype.
+    :raises RuntimeError: If the cache would overflow, or gradients are wanted with it.
+    """
+    check_hidden_states(x, d_model, weight)
+    batch, tokens, _ = x.shape
+    if given := [name for name, value in shard.items() if value is not None]:
+        raise ValueError(
+            f"{', '.join(given)} describe a context-parallel shard, and this layer is not sharded. "
+            "Pass cu_doc_lens and max_doc_len, or call apply_cp first."
+        )
+    buffers = {name: b for name, b in (rope_buffers or {}).items() if b is not None}
+    if buffers and (cache is not None or not has_rope):
+        why = "with a cache, which knows its positions" if has_rope else "to a layer without RoPE"
+        raise ValueError(f"{', '.join(buffers)} given {why}.")
+    if cu_doc_lens is not None and (cache is not None or cache_leftpad is not None):
+        raise ValueError(
+            _A_DOCUMENT_A_ROW.format("cu_doc_lens")
+            if cache is not None
+            else "cu_doc_lens and cache_leftpad were both given. Make the padding a document of "
+            "its own in cu_doc_lens."
+        )
+    if cache_leftpad is not None:
+        _check_device(cache_leftpad, x, "cache_leftpad")
+    if cache is not None:
+        needs_gradient = wants_gradient or x.requires_grad
+        padding = cache.admit(x, cache_leftpad, needs_grad=needs_gradient)
+        index = torch.arange(tokens, device=x.device) + cache.current_position()
+        segments = Segments.dense(tokens, tokens, window=window)
+        return Call(segments, index, cache.max_seq_len, padding, {})
+
+    positions, padding = None, None
+    if cache_leftpad is not None:
+        check_leftpad(cache_leftpad, batch, tokens)
+        cu = leftpad_to_cu_doc_lens(cache_leftpad, tokens)
+        segments = Segments.documents(cu, tokens, window=window, padded=True)
+        padding = torch.arange(tokens, device=x.device) < cache_leftpad[:, None]
+    else:
+        segments = fold(x, x, window, cu_doc_lens=cu_doc_lens, max_doc_len=max_doc_len)
+        _check_global(global_cu_doc_lens, cu_doc_lens, x)
+        if segments.cu_q is not None and has_rope and not buffers:
+            # Restarting in each document gives the bits that the document gives alone.
+            positions = document_positions(segments.cu_q, batch * tokens).view(batch, tokens)
+    return Call(segments, positions, segments.max_q, padding, buffers)
+
+
+def check_names(mixer: str, keywords: dict[str, Any], *known: tuple[str, ...]) -> None:
+    """:raises TypeError: If a keyword of ``mixer.forward`` is none of those known."""
+    names = ("x", "cu_doc_lens", *chain.from_iterable(known))
+    for name in keywords:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(
+                f"{mixer}.forward() got an unexpected keyword argument {name!r}.{hint} It takes "
+                f"{', '.join(names)}."
+            )
 
 
 def check_hidden_states(x: Tensor, d_model: int, weight: Tensor) -> None:
@@ -55,85 +165,66 @@ def check_hidden_states(x: Tensor, d_model: int, weight: Tensor) -> None:
         )
 
 
-def read_inputs(
-    layer: SoftmaxAttention,
-    x: Tensor,
-    *,
-    cu_doc_lens: Tensor | None,
-    max_doc_len: int | None,
-    cache_leftpad: Tensor | None,
-    rope_buffers: dict[str, Tensor | None],
-    global_cu_doc_lens: Tensor | None,
-    shard: dict[str, Any],
-) -> Inputs:
-    """Check a call and split it into what each part of the layer needs.
+def fold(q: Tensor, k: Tensor, window: int, **lengths: Any) -> Segments:
+    """The interface's seven length keywords, checked, as one value.
 
-    :param shard: The keywords that only a context-parallel shard has.
-    :raises ValueError: If something is missing, contradictory or of the wrong shape.
-    :raises TypeError: If something has the wrong type or dtype.
-    :raises RuntimeError: If the KV cache would overflow, or gradients are wanted with it.
+    :param q: ``(batch, t_q, ...)``.
+    :param k: ``(batch, t_k, ...)``; where ``local_k_slice`` cuts the keys, what it leaves.
+    :param window: In keys, or -1.
+    :param lengths: The keywords, see :meth:`AttentionBackend.forward`.
+    :raises ValueError: If keywords are missing, contradict each other or do not fit the tensors.
+    :raises TypeError: If one is of the wrong type.
     """
-    check_hidden_states(x, layer.d_model, layer.w_out.weight)
-    batch, seq_len, _ = x.shape
-    given = [name for name, value in shard.items() if value is not None]
-    if given:
+    given = {name: value for name, value in lengths.items() if value is not None}
+    if not given:
+        return Segments.dense(q.shape[1], k.shape[1], window=window)
+    differ = [name for name in _LENGTHS_OF_Q_AND_K if name in given]
+    if "cu_doc_lens" in given and differ:
         raise ValueError(
-            f"{', '.join(given)} describe a context-parallel shard, and this layer is not sharded. "
-            "Pass cu_doc_lens and max_doc_len, or call apply_cp first."
+            "Pass either cu_doc_lens (queries and keys alike) or cu_doc_lens_q with cu_doc_lens_k, "
+            "not both."
         )
-    if cu_doc_lens is None and max_doc_len is not None:
+    if ("cu_doc_lens_q" in given) != ("cu_doc_lens_k" in given):
+        raise ValueError("cu_doc_lens_q and cu_doc_lens_k are required together.")
+    for bound, name in _BOUND_OF.items():
+        if bound in given and name not in given:
+            raise ValueError(
+                f"{bound} was given without {name}, the lengths that it is about, and no document "
+                f"would be masked. Pass {name} too."
+            )
+    total_q, total_k = (x.shape[0] * x.shape[1] for x in (q, k))
+    if "cu_doc_lens" in given:
+        cu = _checked(given["cu_doc_lens"], q, total_q, given.get("max_doc_len"), "cu_doc_lens")
+        if total_k != total_q:
+            raise ValueError(
+                f"cu_doc_lens needs as many keys as queries, got {total_k} and {total_q}. Pass "
+                "cu_doc_lens_q and cu_doc_lens_k instead."
+            )
+        return Segments.documents(
+            cu, min(given.get("max_doc_len", total_q), total_q), window=window
+        )
+
+    cu_q, cu_k = given["cu_doc_lens_q"], given["cu_doc_lens_k"]
+    max_q, max_k = given.get("max_doc_len_q"), given.get("max_doc_len_k")
+    if getattr(cu_q, "shape", None) != getattr(cu_k, "shape", None):
         raise ValueError(
-            f"max_doc_len={max_doc_len} was given without cu_doc_lens, so no document would be "
-            "masked. Pass cu_doc_lens too."
+            "cu_doc_lens_q and cu_doc_lens_k must have one entry for each segment, got shapes "
+            f"{getattr(cu_q, 'shape', None)} and {getattr(cu_k, 'shape', None)}."
         )
-    if cu_doc_lens is not None:
-        if layer.kv_cache_manager is not None:
-            raise ValueError(
-                "A KV cache holds one document a row, so it can't be used with cu_doc_lens. "
-                "Prefill each document as a row, padded on the left with cache_leftpad."
-            )
-        if cache_leftpad is not None:
-            raise ValueError(
-                "cu_doc_lens and cache_leftpad were both given. Make the padding a document of its "
-                "own in cu_doc_lens."
-            )
-        _check_device(cu_doc_lens, x, "cu_doc_lens")
-        check_cu_doc_lens(cu_doc_lens, batch * seq_len, max_doc_len)
-    _check_global(global_cu_doc_lens, cu_doc_lens)
-    rope_buffers = {name: b for name, b in rope_buffers.items() if b is not None}
-    if rope_buffers and layer.rope is None:
-        raise ValueError(f"{', '.join(rope_buffers)} given to a layer without RoPE.")
-
-    cache = layer.kv_cache_manager
-    if cache is not None:
-        if rope_buffers:
-            raise ValueError(
-                f"{', '.join(rope_buffers)} given with a KV cache, which knows its positions."
-            )
-        if cache_leftpad is not None:
-            _check_device(cache_leftpad, x, "cache_leftpad")
-        needs_grad = x.requires_grad or layer.w_out.weight.requires_grad
-        padding = cache.admit(x, cache_leftpad, needs_grad=needs_grad)
-        index = torch.arange(seq_len, device=x.device) + cache.current_position()
-        return Inputs({}, {"positions": index, "max_position": cache.max_seq_len}, padding)
-
-    lengths: dict[str, Any] = {"cu_doc_lens": cu_doc_lens, "max_doc_len": max_doc_len}
-    rope: dict[str, Any] = dict(rope_buffers)
-    padding = None
-    if cache_leftpad is not None:
-        _check_device(cache_leftpad, x, "cache_leftpad")
-        check_leftpad(cache_leftpad, batch, seq_len)
-        cu = leftpad_to_cu_doc_lens(cache_leftpad, seq_len)
-        lengths = {"cu_doc_lens": cu, "max_doc_len": seq_len}
-        padding = torch.arange(seq_len, device=x.device) < cache_leftpad[:, None]
-    elif cu_doc_lens is not None and not rope_buffers and layer.rope is not None:
-        # Restarting in each document gives the bits that the document gives alone.
-        positions = document_positions(cu_doc_lens, batch * seq_len).view(batch, seq_len)
-        rope = {"positions": positions, "max_position": max_doc_len or batch * seq_len}
-    return Inputs(lengths, rope, padding)
+    cu_q = _checked(cu_q, q, total_q, max_q, "cu_doc_lens_q")
+    cu_k = _checked(cu_k, q, total_k, max_k, "cu_doc_lens_k")
+    max_q, max_k = total_q if max_q is None else max_q, total_k if max_k is None else max_k
+    return Segments(cu_q, cu_k, max_q, max_k, True, window)
 
 
-def _check_global(global_cu: Tensor | None, cu: Tensor | None) -> None:
+def _checked(cu: Tensor, like: Tensor, total: int, longest: int | None, name: str) -> Tensor:
+    """Lengths as kernels take them: on the input's device, describing it, contiguous."""
+    _check_device(cu, like, name)
+    check_cu_doc_lens(cu, total, longest, name)
+    return cu.contiguous()
+
+
+def _check_global(global_cu: Tensor | None, cu: Tensor | None, x: Tensor) -> None:
     """Without context parallelism the whole sequence is the input: its documents are the same."""
     if global_cu is None:
         return
@@ -141,14 +232,16 @@ def _check_global(global_cu: Tensor | None, cu: Tensor | None) -> None:
         "global_cu_doc_lens describes the whole sequence of a context-parallel shard, and this "
         "layer is not sharded: pass its documents as cu_doc_lens too."
     )
-    if cu is None or cu.shape != global_cu.shape:
+    if not isinstance(global_cu, Tensor) or cu is None or cu.shape != global_cu.shape:
         raise ValueError(message)
-    if not runs_eagerly(cu.device):
-        torch._assert_async((cu == global_cu).all(), message)
-    elif host_lengths(global_cu) != host_lengths(cu):
+    _check_device(global_cu, x, "global_cu_doc_lens")
+    same = (cu == global_cu).all()
+    if cu.is_cuda or not can_be_read(cu):
+        torch._assert_async(same, message)
+    elif not same.item():
         raise ValueError(message)
 
 
-def _check_device(lengths: Tensor, x: Tensor, name: str) -> None:
+def _check_device(lengths: Any, x: Tensor, name: str) -> None:
     if isinstance(lengths, Tensor) and lengths.device != x.device:
         raise ValueError(f"{name} must be on the input's device, {x.device}, got {lengths.device}.")

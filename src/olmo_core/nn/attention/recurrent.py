@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from olmo_core.config import DType
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
+from olmo_core.nn.attention.inputs import check_names, read_call
 from olmo_core.nn.attention.kernels.fla import fla_gated_delta_rule, fla_usable
 from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
 from olmo_core.nn.attention.kernels.gated_delta_rule_triton import unsupported
 from olmo_core.nn.attention.recurrent_cache import RecurrentCache
-from olmo_core.nn.attention.recurrent_inputs import read_inputs
 from olmo_core.nn.attention.recurrent_sizes import GatedDeltaNetSizes
 from olmo_core.nn.convolution import CausalConv1d
 from olmo_core.nn.functional import compute_dtype
@@ -32,6 +32,16 @@ if TYPE_CHECKING:
     from olmo_core.nn.buffer_cache import BufferCache
 
 __all__ = ["GatedDeltaNet", "GatedDeltaNetConfig", "RuleChoice"]
+
+# Keywords of attention's forward that a delta net serves, or refuses; and that change nothing here.
+_SERVED = (
+    "cache_leftpad",
+    "cu_doc_lens_q",
+    "cu_doc_lens_k",
+    "local_k_slice",
+    "global_cu_doc_lens",
+)
+_NO_EFFECT = ("max_doc_len", "max_doc_len_q", "max_doc_len_k", "pos_sin", "pos_cos", "freqs_cis")
 
 # exp(A_log) starts uniform in (_A_MIN, 16): at 0 its logarithm would be -inf, for good.
 _A_MIN, _A_MAX = 1e-2, 16.0
@@ -232,7 +242,18 @@ class GatedDeltaNet(SequenceMixer):
         :raises ValueError: If arguments do not fit the layer or each other.
         :raises RuntimeError: If the decoding cache would overflow.
         """
-        padding = read_inputs(self, x, cu_doc_lens, kwargs)
+        check_names("GatedDeltaNet", kwargs, _SERVED, _NO_EFFECT)
+        keywords: dict[str, Any] = {name: kwargs.get(name) for name in _SERVED}
+        call = read_call(
+            x,
+            weight=self.w_out.weight,
+            d_model=self.d_model,
+            cache=self.kv_cache_manager,
+            wants_gradient=self.w_out.weight.requires_grad,
+            cu_doc_lens=cu_doc_lens,
+            **keywords,
+        )
+        padding = call.padding
         if padding is not None:
             x = x.masked_fill(padding.unsqueeze(-1), 0)
         g, beta = self._gates(x, padding)

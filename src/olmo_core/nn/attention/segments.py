@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.lengths import host_lengths
+from olmo_core.nn.lengths import host_lengths
 
 __all__ = ["Segments"]
 
@@ -35,6 +35,7 @@ class Segments:
     :param causal: Whether queries see only keys up to their own position.
     :param window: How many keys a query sees at most, its own position included; -1 for all. Needs
         ``causal``.
+    :param padded: Whether some segments are left padding, whose output is not read.
     """
 
     cu_q: Tensor | None
@@ -43,6 +44,7 @@ class Segments:
     max_k: int
     causal: bool = True
     window: int = -1
+    padded: bool = False
 
     def __post_init__(self) -> None:
         assert (self.cu_q is None) == (self.cu_k is None)
@@ -54,9 +56,11 @@ class Segments:
         return cls(None, None, n_q, n_k, causal, window)
 
     @classmethod
-    def documents(cls, cu: Tensor, longest: int, *, window: int = -1) -> Segments:
+    def documents(
+        cls, cu: Tensor, longest: int, *, window: int = -1, padded: bool = False
+    ) -> Segments:
         """Documents that attend causally to themselves."""
-        return cls(cu, cu, longest, longest, True, window)
+        return cls(cu, cu, longest, longest, True, window, padded)
 
     @property
     def effective_window(self) -> int:

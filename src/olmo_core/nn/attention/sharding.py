@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.layout import Span, token_index
-from olmo_core.nn.attention.lengths import check_cu_doc_lens, host_lengths
+from olmo_core.nn.lengths import check_cu_doc_lens, host_lengths
 
 
 def take(

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.attention.backend import AttentionBackend, AutoAttentionBackend
+from olmo_core.nn.attention.backend import (
+    AttentionBackend,
+    AttentionBackendName,
+    AutoAttentionBackend,
+)
 from olmo_core.nn.attention.base import SequenceMixer
-from olmo_core.nn.attention.config import AttentionBackendName
 from olmo_core.nn.attention.fused_qk import fused_qk
-from olmo_core.nn.attention.inputs import Inputs
+from olmo_core.nn.attention.inputs import Call, read_call
 from olmo_core.nn.attention.kv_cache import KVCacheManager
 from olmo_core.nn.init import InitMethod
 from olmo_core.nn.layer_norm import LayerNorm
@@ -152,7 +155,7 @@ class SoftmaxAttention(SequenceMixer):
         """Attention proper: :meth:`AttentionBackend.forward` of ``(q, k, v)``."""
         return self.backend((q, k, v), **lengths)
 
-    def _rotate(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def _rotate(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         if self.rope is None:
             return q, k
         fused = fused_qk(
@@ -162,19 +165,34 @@ class SoftmaxAttention(SequenceMixer):
             k_norm=None,
             per_head=False,
             rope=self.rope,
-            rope_inputs=inputs.rope,
+            rope_inputs=call.rope,
         )
-        return self.rope(q, k, **inputs.rope) if fused is None else fused
+        return self.rope(q, k, **call.rope) if fused is None else fused
 
-    def _attend(self, qkv: Tensor | tuple[Tensor, Tensor, Tensor], inputs: Inputs) -> Tensor:
-        return self.backend(qkv, kv_cache_manager=self.kv_cache_manager, **inputs.lengths)
+    def _attend(self, qkv: Tensor | tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
+        if self.kv_cache_manager is not None:
+            return self.backend(qkv, kv_cache_manager=self.kv_cache_manager)
+        return self.backend(qkv, segments=call.segments)
+
+    def _read(self, x: Tensor, **keywords: Any) -> Call:
+        """The call that :meth:`forward`'s keywords describe."""
+        return read_call(
+            x,
+            weight=self.w_out.weight,
+            d_model=self.d_model,
+            window=self.backend.window,
+            has_rope=self.rope is not None,
+            cache=self.kv_cache_manager,
+            wants_gradient=self.w_out.weight.requires_grad,
+            **keywords,
+        )
 
     def _clip(self, x: Tensor) -> Tensor:
         return x if self.clip_qkv is None else x.clamp(-self.clip_qkv, self.clip_qkv)
 
-    def _output(self, att: Tensor, inputs: Inputs) -> Tensor:
+    def _output(self, att: Tensor, call: Call) -> Tensor:
         out: Tensor = self.w_out(att)
-        return out if inputs.padding is None else out.masked_fill(inputs.padding[..., None], 0.0)
+        return out if call.padding is None else out.masked_fill(call.padding[..., None], 0.0)
 
     def _linears(self) -> list[nn.Linear]:
         """The projections, ``w_out`` last."""

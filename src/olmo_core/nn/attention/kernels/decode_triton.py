@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.library_args import rows
+from olmo_core.nn.attention.kernels.rows import rows
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors, triton_refusal
-from olmo_core.nn.registration import on_its_device, register_inference
+from olmo_core.nn.dispatch import on_its_device, register_inference
 
 __all__ = ["decode", "unsupported"]
 

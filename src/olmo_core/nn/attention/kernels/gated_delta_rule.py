@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.lengths import check_cu_doc_lens
-from olmo_core.nn.registration import (
+from olmo_core.nn.dispatch import (
     cast_for_autocast,
     refuse_second_derivative,
     register_differentiable,
 )
+from olmo_core.nn.lengths import check_cu_doc_lens
 
 from .gated_delta_rule_backward import chunked_backward
 from .gated_delta_rule_chunks import QK_NORM_EPS, ChunkGrid, accumulation_dtype

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .gated_delta_rule_chunks import ChunkGrid
 from .gated_delta_rule_forward import Saved
-from .library_args import rows
+from .rows import rows
 from .triton_driver import INTERPRETED, triton_refusal
 
 __all__ = ["saved_like", "triton_backward", "triton_forward", "unsupported"]

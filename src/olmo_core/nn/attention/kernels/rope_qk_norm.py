@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.library_args import rows
+from olmo_core.nn.attention.kernels.rows import rows
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
-from olmo_core.nn.registration import refuse_second_derivative, register_differentiable
+from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_reference", "rope_only", "row_stat", "unsupported"]
 

@@ -16,8 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels import torch_ops
-from olmo_core.nn.attention.kernels.library_args import (
+from olmo_core.nn.attention.kernels.softmax import torch_ops
+from olmo_core.nn.attention.kernels.softmax.library_args import (
     batched,
     empty_backward,
     empty_forward,
@@ -26,9 +26,13 @@ from olmo_core.nn.attention.kernels.library_args import (
     is_empty,
     window_offsets,
 )
+from olmo_core.nn.attention.kernels.softmax.protocol import (
+    HOPPER,
+    NO_CP,
+    Capabilities,
+    Feature,
+)
 from olmo_core.nn.attention.segments import Segments
-
-__all__ = ["KERNEL", "Flash3Kernel"]
 
 
 @lru_cache(maxsize=1)
@@ -66,7 +70,6 @@ class Flash3Kernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, s: Segments, *, scale: float, dropout_p: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`Kernel.forward`."""
         assert not dropout_p
         if is_empty(q, k):
             return *empty_forward(q, s), torch_ops.no_rng(q)
@@ -82,7 +85,6 @@ class Flash3Kernel:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng: Tensor,
         s: Segments, *, scale: float, dropout_p: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """See :meth:`Kernel.backward`."""
         if is_empty(q, k):
             return empty_backward(q, k, v)
         if not has_backward():
@@ -108,5 +110,16 @@ def _lengths(s: Segments) -> dict[str, Tensor | int | None]:
         "max_seqlen_k": s.max_k,
     }
 
+
+CAPABILITIES = Capabilities(
+    name="flash_3",
+    title="FlashAttention-3",
+    packages=("flash_attn_3", "flash_attn_interface"),
+    install="build hopper/ of flash-attention, or pip install tokenspeed-fa3",
+    compute_capability=(HOPPER, HOPPER),
+    max_head_dim=256,
+    head_dim_multiple=8,
+    missing={Feature.dropout: "its kernels have no dropout", **NO_CP},
+)
 
 KERNEL = Flash3Kernel()

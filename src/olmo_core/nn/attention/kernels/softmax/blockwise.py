@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.blocks import Block, blocks
-from olmo_core.nn.attention.kernels.torch_ops import no_rng
+from olmo_core.nn.attention.kernels.softmax.blocks import Block, blocks
+from olmo_core.nn.attention.kernels.softmax.torch_ops import no_rng
 from olmo_core.nn.attention.segments import Segments
 
 __all__ = ["backward", "forward"]

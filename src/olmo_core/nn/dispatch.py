@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 __all__ = [
     "cast_for_autocast",
@@ -54,11 +55,18 @@ def register_differentiable(
 
     dispatched = _function(name, below_autograd, differentiate, save)
     direct = _function(name, implementation, differentiate, save)
+    transformed = _transformable(name, op, differentiate, save)
 
     def with_autograd(*inputs: Any) -> Any:
+        _refuse_tangents(name, inputs)
         return dispatched(*inputs) if _wants_gradient(inputs) else below_autograd(*inputs)
 
     def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*inputs)
+        _refuse_tangents(name, inputs)
+        if _is_transformed() and _wants_gradient(inputs):
+            return transformed(*inputs)
         if is_observed(inputs):
             return op(*inputs)
         return direct(*inputs) if _wants_gradient(inputs) else implementation(*inputs)
@@ -73,7 +81,7 @@ def _function(
     differentiate: Callable[..., Any],
     save: Callable[[Any, tuple[Any, ...], Any], None] | None,
 ) -> Callable[..., Any]:
-    """``run`` as a node of autograd's graph."""
+    """``run`` as a node of autograd's graph, at the least cost."""
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -91,6 +99,34 @@ def _function(
     return Differentiable.apply
 
 
+def _transformable(
+    name: str,
+    run: Callable[..., Any],
+    differentiate: Callable[..., Any],
+    save: Callable[[Any, tuple[Any, ...], Any], None] | None,
+) -> Callable[..., Any]:
+    """The same in the form that ``torch.func``'s grad, vjp and vmap know how to transform."""
+
+    class Transformable(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return run(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if save is not None:
+                save(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return differentiate(ctx, *gradients)
+
+    Transformable.__name__ = name
+    return Transformable.apply
+
+
 def register_inference(
     lib: torch.library.Library,
     name: str,
@@ -103,6 +139,8 @@ def register_inference(
     op, implementation = _implement(lib, name, implementation, fake, keys)
 
     def call(*inputs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _refuse_tangents(name, inputs)
         through = is_observed(inputs) or _wants_gradient(inputs)
         return op(*inputs) if through else implementation(*inputs)
 
@@ -171,6 +209,45 @@ def _wants_gradient(inputs: tuple[Any, ...]) -> bool:
     return False
 
 
+def _refuse_tangents(name: str, inputs: tuple[Any, ...]) -> None:
+    """Below autograd an op would drop its inputs' tangents: a wrong zero, without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for x in inputs:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{name} has no forward-mode derivative (jvp, jacfwd, forward_ad). Use reverse "
+                "mode: torch.func.vjp, jacrev or grad, or Tensor.backward()."
+            )
+
+
+def require_independent_draws(name: str) -> None:
+    """Refuse to draw under a ``torch.vmap`` that does not ask for a draw of its own in each row,
+    which is what an op gives there.
+
+    :raises RuntimeError: If its randomness is "error" or "same".
+    """
+    if torch.compiler.is_compiling() or not _is_transformed():
+        return
+    from torch._functorch.pyfunctorch import (
+        VmapInterpreter,
+        retrieve_all_functorch_interpreters,
+    )
+
+    for interpreter in retrieve_all_functorch_interpreters():
+        if isinstance(interpreter, VmapInterpreter) and interpreter.randomness() != "different":
+            raise RuntimeError(
+                f"{name} under torch.vmap draws anew for each row, and its randomness is "
+                f"'{interpreter.randomness()}'. Use torch.vmap(..., randomness='different') or "
+                "eval(), which ends dropout."
+            )
+
+
+def _is_transformed() -> bool:
+    """Whether one of ``torch.func``'s transforms is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def is_observed(inputs: Sequence[Any]) -> bool:
     """Whether somebody must see an op: a compiler, mode, functorch transform, tensor subclass or
     meta tensor."""
@@ -178,7 +255,7 @@ def is_observed(inputs: Sequence[Any]) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _is_transformed():
         return True
     for x in inputs:
         kind = type(x)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from olmo_core.nn.attention.kernels import te
+from olmo_core.nn.attention.kernels.softmax import te
 
 LINE = "7f00-7f01 r-xp 00000000 08:01 42 {path}\n"
 

@@ -14,14 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.capabilities import (
-    CAPABILITIES,
-    Environment,
-    Feature,
-    Request,
-    refusals,
-)
-from olmo_core.nn.attention.kernels import Kernel, get_kernel
+from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment, Request, refusals
+from olmo_core.nn.attention.kernels.softmax import Feature, Kernel, get_kernel
 from olmo_core.nn.attention.segments import Segments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # libraries warn at import

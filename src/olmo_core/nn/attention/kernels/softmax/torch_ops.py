@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.library_args import flat, flat_lse, may_have_empty_rows
+from olmo_core.nn.attention.kernels.softmax.library_args import flat, flat_lse, may_have_empty_rows
 from olmo_core.nn.attention.segments import Segments
 
 __all__ = [

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels import get_kernel
-from olmo_core.nn.attention.kernels.library_args import rows
+from olmo_core.nn.attention.kernels.rows import rows
+from olmo_core.nn.attention.kernels.softmax import get_kernel
 from olmo_core.nn.attention.segments import Segments
-from olmo_core.nn.registration import (
+from olmo_core.nn.dispatch import (
     cast_for_autocast,
     refuse_second_derivative,
     register_differentiable,
+    require_independent_draws,
 )
 
 __all__ = ["attend"]
@@ -57,6 +58,8 @@ def attend(
     q, k, v = cast_for_autocast(q, k, v)
     s = segments
     _check(q, k, v, s)
+    if dropout_p:
+        require_independent_draws("Dropout of attention weights")
     out, _, _ = _CALL["attend_dropout" if dropout_p else "attend"](
         q, k, v, s.cu_q, s.cu_k, s.max_q, s.max_k, s.causal, s.window, scale, dropout_p, kernel
     )

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nn.attention.reference import relative, softmax_attention
-from olmo_core.nn.attention.kernels import Kernel, blockwise, get_kernel
-from olmo_core.nn.attention.ops import attend
+from olmo_core.nn.attention.attend import attend
+from olmo_core.nn.attention.kernels.softmax import Kernel, blockwise, get_kernel
 from olmo_core.nn.attention.segments import Segments
 
 

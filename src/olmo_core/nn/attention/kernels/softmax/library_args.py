@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ __all__ = [
     "flat_lse",
     "is_empty",
     "may_have_empty_rows",
-    "rows",
     "sees_nothing",
     "window_offsets",
     "without_queries",
@@ -38,11 +36,6 @@ def flat_lse(s: Segments, lse: Tensor) -> Tensor:
 def batched(s: Segments, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """A library's answer in the shapes of :class:`Kernel`."""
     return (out, lse) if s.cu_q is None else (out.view(q.shape), lse[None])
-
-
-def rows(*tensors: Tensor | None) -> list[Any]:
-    """Tensors, and None, as kernels read them: the last dimension must be contiguous."""
-    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def window_offsets(s: Segments, unlimited: int | None) -> tuple[int | None, int | None]:

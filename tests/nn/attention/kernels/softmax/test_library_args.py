@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olmo_core.nn.attention.kernels.library_args import (
+from olmo_core.nn.attention.kernels.softmax.library_args import (
     batched,
     empty_forward,
     flat,

@@ -14,17 +14,23 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels import blockwise, short_documents, torch_ops
-from olmo_core.nn.attention.kernels.blocks import Block, blocks
-from olmo_core.nn.attention.kernels.library_args import empty_backward, empty_forward, is_empty
+from olmo_core.nn.attention.kernels.softmax import blockwise, short_documents, torch_ops
+from olmo_core.nn.attention.kernels.softmax.blocks import Block, blocks
+from olmo_core.nn.attention.kernels.softmax.library_args import (
+    empty_backward,
+    empty_forward,
+    is_empty,
+)
+from olmo_core.nn.attention.kernels.softmax.protocol import (
+    HALF,
+    HOPPER,
+    NO_CP,
+    Capabilities,
+)
 from olmo_core.nn.attention.segments import Segments
 
-__all__ = ["KERNEL", "TorchKernel"]
-
-_HALF = (torch.float16, torch.bfloat16)
 _MAX_FLASH_HEAD_DIM = 256
 _MAX_CUDNN_HEAD_DIM = 128
-_HOPPER = (9, 0)
 
 
 class TorchKernel:
@@ -35,7 +41,6 @@ class TorchKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, s: Segments, *, scale: float, dropout_p: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`Kernel.forward`."""
         if is_empty(q, k):
             return *empty_forward(q, s), torch_ops.no_rng(q)
         form = choose(q, k, s, dropout_p)
@@ -66,7 +71,6 @@ class TorchKernel:
         scale: float,
         dropout_p: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`Kernel.backward`."""
         if is_empty(q, k):
             return empty_backward(q, k, v)
         form = choose(q, k, s, dropout_p)
@@ -94,7 +98,7 @@ def choose(q: Tensor, k: Tensor, s: Segments, dropout_p: float) -> str:
     """The implementation for a problem: a function of what backward knows too."""
     if q.device.type == "cpu":
         return "blockwise" if dropout_p else "cpu_flash"
-    if q.device.type != "cuda" or q.dtype not in _HALF or q.shape[-1] > _MAX_FLASH_HEAD_DIM:
+    if q.device.type != "cuda" or q.dtype not in HALF or q.shape[-1] > _MAX_FLASH_HEAD_DIM:
         return "blockwise"
     square = q.shape[1] == k.shape[1] or not s.causal
     dense = s.cu_q is None and s.effective_window < 0 and square and not dropout_p
@@ -111,7 +115,7 @@ def _cudnn_fits(q: Tensor, k: Tensor) -> bool:
         and not torch.are_deterministic_algorithms_enabled()
         and torch.backends.cuda.cudnn_sdp_enabled()
         and torch.backends.cudnn.is_available()
-        and torch.cuda.get_device_capability(q.device) >= _HOPPER
+        and torch.cuda.get_device_capability(q.device) >= HOPPER
     )
 
 
@@ -233,5 +237,13 @@ def _cpu_backward(
         dv[:, keys] += dv_block
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
+
+CAPABILITIES = Capabilities(
+    name="torch",
+    title="PyTorch's fused attention",
+    dtypes=(*HALF, torch.float32, torch.float64),
+    missing=NO_CP,
+    measured={HOPPER: {"full": 3.891, "window": 2.014, "documents": 1.32}},
+)
 
 KERNEL = TorchKernel()

@@ -12,8 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels import torch_ops
-from olmo_core.nn.attention.kernels.library_args import (
+from olmo_core.nn.attention.kernels.softmax import torch_ops
+from olmo_core.nn.attention.kernels.softmax.library_args import (
     batched,
     empty_backward,
     empty_forward,
@@ -23,9 +23,13 @@ from olmo_core.nn.attention.kernels.library_args import (
     may_have_empty_rows,
     window_offsets,
 )
+from olmo_core.nn.attention.kernels.softmax.protocol import (
+    HOPPER,
+    NEWEST_GPU,
+    NO_CP,
+    Capabilities,
+)
 from olmo_core.nn.attention.segments import Segments
-
-__all__ = ["KERNEL", "Flash2Kernel"]
 
 
 @lru_cache(maxsize=1)
@@ -91,7 +95,6 @@ class Flash2Kernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, s: Segments, *, scale: float, dropout_p: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`Kernel.forward`."""
         if is_empty(q, k):
             return *empty_forward(q, s), torch_ops.no_rng(q)
         lib = _library_for(q)
@@ -106,7 +109,6 @@ class Flash2Kernel:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng: Tensor,
         s: Segments, *, scale: float, dropout_p: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """See :meth:`Kernel.backward`."""
         if is_empty(q, k):
             return empty_backward(q, k, v)
         lib = _library_for(q)
@@ -134,5 +136,15 @@ class Flash2Kernel:
             )
         return dq, dk, dv
 
+
+CAPABILITIES = Capabilities(
+    name="flash_2",
+    title="FlashAttention-2 (flash-attn, or torch's own copy)",
+    install="pip install flash-attn --no-build-isolation",
+    compute_capability=((8, 0), NEWEST_GPU),
+    max_head_dim=256,
+    missing=NO_CP,
+    measured={HOPPER: {"full": 6.192, "window": 1.971, "documents": 1.244}},
+)
 
 KERNEL = Flash2Kernel()

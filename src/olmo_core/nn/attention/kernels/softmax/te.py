@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels import blockwise
-from olmo_core.nn.attention.kernels.library_args import (
+from olmo_core.nn.attention.kernels.softmax import blockwise
+from olmo_core.nn.attention.kernels.softmax.library_args import (
     empty_backward,
     empty_forward,
     flat,
@@ -32,10 +32,15 @@ from olmo_core.nn.attention.kernels.library_args import (
     window_offsets,
     without_queries,
 )
-from olmo_core.nn.attention.kernels.torch_ops import no_rng
+from olmo_core.nn.attention.kernels.softmax.protocol import (
+    HOPPER,
+    NEWEST_GPU,
+    NO_CP,
+    Capabilities,
+    Feature,
+)
+from olmo_core.nn.attention.kernels.softmax.torch_ops import no_rng
 from olmo_core.nn.attention.segments import Segments
-
-__all__ = ["KERNEL", "TEKernel"]
 
 
 @lru_cache(maxsize=1)
@@ -94,7 +99,6 @@ class TEKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, s: Segments, *, scale: float, dropout_p: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :meth:`Kernel.forward`."""
         assert not dropout_p
         if is_empty(q, k):
             return *empty_forward(q, s), no_rng(q)
@@ -127,7 +131,6 @@ class TEKernel:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng: Tensor,
         s: Segments, *, scale: float, dropout_p: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """See :meth:`Kernel.backward`."""
         if is_empty(q, k):
             return empty_backward(q, k, v)
         if _is_one_pair(s):
@@ -215,5 +218,20 @@ def _even(x: Tensor) -> Tensor:
     b, t = x.shape[:2]
     return torch.arange(0, b * t + 1, t, dtype=torch.int32, device=x.device)
 
+
+CAPABILITIES = Capabilities(
+    name="te",
+    title="Transformer Engine",
+    packages=("transformer_engine",),
+    install='pip install --no-build-isolation "transformer_engine[pytorch]"',
+    compute_capability=(HOPPER, NEWEST_GPU),
+    max_head_dim=128,
+    head_dim_multiple=8,
+    missing={
+        Feature.dropout: "its dropout draws from a state that can't be replayed block by block",
+        **NO_CP,
+    },
+    measured={HOPPER: {"full": 3.673, "window": 1.303, "documents": 1.249}},
+)
 
 KERNEL = TEKernel()
