@@ -17,7 +17,6 @@ from olmo_core.nn.rope import (
     RotaryEmbeddingBase,
     YaRNRoPEScalingConfig,
 )
-
 from olmo_core.nn.rope_table import RoPETable
 
 

@@ -128,6 +128,9 @@ class RoPETable:
             except IndexError as error:
                 raise ValueError(
                     f"positions must lie in [0, max_position={max_position})"
+                    if buffers is None
+                    else "a document is longer than the RoPE buffers, which hold "
+                    f"{buffers[0].shape[0]} positions"
                 ) from error
         tables = [t.to(dtype) for t in tables]
         cos, sin = tables[0].chunk(2, dim=-1) if buffers is None else tables
