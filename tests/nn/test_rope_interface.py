@@ -1,4 +1,4 @@
-"""RoPE as other libraries' code calls it: heads first, fewer queries, start_pos, documents, packed."""
+"""RoPE as its users call it: heads first, fewer queries, start_pos, documents, packed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_signatures(cls: type[RotaryEmbeddingBase]) -> None:
         "max_position=None"
     )
     assert _signature(FusedRotaryEmbedding.forward) == expected
-    assert list(inspect.signature(cls).parameters)[0] == "head_size"
+    assert next(iter(inspect.signature(cls).parameters)) == "head_size"
 
 
 def _signature(f: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a table depends on is in its name; nothing behind its back changes what a layer rotates by."""
+"""What a table depends on is in its name; nothing done behind its back changes a rotation."""
 
 from __future__ import annotations
 

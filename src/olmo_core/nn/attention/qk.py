@@ -140,7 +140,7 @@ def _norms_fit(q_norm: LayerNorm | None, k_norm: LayerNorm | None) -> bool:
         type(n) in _NORMS
         and n.full_precision
         and n.bias is None
-        and (n.weight is None or type(n.weight) is nn.Parameter)  # no DTensor
+        and (n.weight is None or type(n.weight) in (Tensor, nn.Parameter))  # no DTensor
         and not _is_heard(n)
         for n in (q_norm, k_norm)
     )
