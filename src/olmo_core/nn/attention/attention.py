@@ -147,7 +147,7 @@ class Attention(SoftmaxAttention):
         :param max_doc_len_k: The same for ``cu_doc_lens_k``.
         :param local_k_slice: The part of all ranks' keys that ``cu_doc_lens_k`` describes.
         :param pos_sin: The rows of the RoPE tables for the rows of ``x``, where ``x`` is a shard:
-            ``(seq_len, rotary_dim)``. With ``pos_cos``.
+            ``(seq_len, rotary_dim)``. With ``pos_cos``. Documents then end with rows of the batch.
         :param pos_cos: See ``pos_sin``.
         :param freqs_cis: The same for complex RoPE: ``(seq_len, rotary_dim / 2)``.
         :param cache_leftpad: How many leading tokens of each row are padding, ``(batch_size,)``,
