@@ -264,8 +264,8 @@ class RotaryEmbeddingBase(nn.Module):
         :returns: Sines and cosines, each (N, R / 2), N >= ``max_seq_len``, views with row stride R.
         """
         device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        if device.index is None and device.type not in ("cpu", "meta"):
+            device = torch.empty(0, device=device).device  # as the queries will name it
         cos, sin = self._table.read(max_seq_len, device, dtype).chunk(2, dim=-1)
         return sin, cos
 
