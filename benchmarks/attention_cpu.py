@@ -148,7 +148,7 @@ class DenseMaskLayer(nn.Module):
         a = self.layer
         q, k, v = (w(x).unflatten(-1, (HEADS, HEAD_DIM)) for w in (a.w_q, a.w_k, a.w_v))
         assert a.rope is not None
-        q, k = a.rope(q, k)
+        q, k = a.rope(q, k, head_first=False)
         out: Tensor = a.w_out(self.attend(q, k, v).flatten(2))
         return out
 

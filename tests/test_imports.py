@@ -76,7 +76,7 @@ LAYERS = [
     ],
     [
         "olmo_core.nn.attention.backend",
-        "olmo_core.nn.attention.fused_qk",
+        "olmo_core.nn.attention.qk",
         "olmo_core.nn.attention.gate",
     ],
     [

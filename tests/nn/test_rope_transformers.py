@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nn.test_rope import inputs
+from nn.test_rope import inputs, turn
 from olmo_core.nn.rope import (
     ABFRoPEScalingConfig,
     PIRoPEScalingConfig,
@@ -101,7 +101,7 @@ def test_abf_replaces_theta() -> None:
     scaled = RoPEConfig(theta=10_000, scaling=ABFRoPEScalingConfig(new_theta=1e6)).build(16)
     plain = RoPEConfig(theta=1_000_000).build(16)
     q, k = inputs()
-    assert torch.equal(scaled(q, k)[0], plain(q, k)[0])
+    assert torch.equal(turn(scaled, q, k)[0], turn(plain, q, k)[0])
 
 
 def test_yarn_rescales_by_its_formula() -> None:
@@ -129,7 +129,7 @@ def test_equals_transformers_llama(dtype: torch.dtype, partial: float) -> None:
         rope = RoPEConfig(
             name=name, theta=10_000, full_precision=False, partial_rotary_factor=partial
         ).build(64)
-        actual = rope(q, k, positions=positions.expand(2, -1), max_position=133)
+        actual = turn(rope, q, k, positions=positions.expand(2, -1), max_position=133)
         dy = torch.randn_like(expected[0])
         for a, b, x in zip(actual, expected, (q, k), strict=True):
             # Theirs is built in float32, and off by 1e-5 at position 100 already.

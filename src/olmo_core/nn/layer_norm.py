@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from olmo_core.config import Config, DType, StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.functional import compute_dtype, l2_normalize
+from olmo_core.nn.functional import l2_normalize
 
 __all__ = [
     "CuTeRMSNorm",
@@ -187,7 +187,7 @@ class LayerNorm(nn.Module):
                 f"{type(self).__name__} expected a last dimension of {self.size}, "
                 f"got an input of shape {tuple(x.shape)}"
             )
-        return x.to(compute_dtype(x.dtype)) if self.full_precision else x
+        return x.to(torch.promote_types(x.dtype, torch.float32)) if self.full_precision else x
 
 
 class RMSNorm(LayerNorm):
@@ -199,17 +199,15 @@ class RMSNorm(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; see :meth:`LayerNorm.forward`."""
-        return self._affine(self._normalize(self._prepare(x))).to(x.dtype)
-
-    def _normalize(self, y: Tensor) -> Tensor:
-        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-
-    def _affine(self, y: Tensor) -> Tensor:
+        y = self._normalize(self._prepare(x))
         if self.weight is not None:
             y = y * self.weight.to(y.dtype)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y
+        return y.to(x.dtype)
+
+    def _normalize(self, y: Tensor) -> Tensor:
+        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
 class QwenRMSNorm(RMSNorm):

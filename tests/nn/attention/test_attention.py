@@ -318,3 +318,33 @@ def test_sharded_rope_buffers_are_applied_row_by_row() -> None:
     want = attention_layer(params, x, head_dim=8, cu=cu, theta=THETA, pos=rows)
     assert relative(got, want) < 1e-12
     assert relative(run(layer, x, cu), want) > 1e-3
+
+
+@pytest.mark.parametrize("make", [Attention, FusedAttention])
+def test_rope_buffers_do_not_go_on_in_the_next_row(make: Any) -> None:
+    """They give each row the positions 0 to T - 1: a document that crosses rows would restart."""
+    rope = RoPEConfig(name="fused" if make is FusedAttention else "default", theta=THETA)
+    layer = make(d_model=16, n_heads=2, rope=rope, dtype=torch.float64)
+    x = torch.randn(3, 4, 16, dtype=torch.float64)
+    buffers = layer.rope.get_buffers(4, "cpu", torch.float64)
+    where = {"pos_sin": buffers.pos_sin, "pos_cos": buffers.pos_cos}
+    for ends in ([0, 3, 4, 8, 8, 12], [0, 4, 8, 10, 12]):  # a document starts with each row
+        cu = torch.tensor(ends, dtype=torch.int32)
+        assert relative(layer(x, cu_doc_lens=cu, **where), layer(x, cu_doc_lens=cu)) < 1e-12
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for ends in ([0, 5, 8, 12], [0, 12], [0, 4, 12]):
+        cu = torch.tensor(ends, dtype=torch.int32)
+        layer(x, cu_doc_lens=cu)
+        with pytest.raises(ValueError, match="crosses from one row of the batch to the next"):
+            layer(x, cu_doc_lens=cu, **where)
+    with pytest.raises(RuntimeError, match="crosses from one row of the batch to the next"):
+        compiled(x, cu_doc_lens=cu, **where)
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_layer_s_rope_buffers_are_the_rows_of_its_input(rows: int) -> None:
+    """A longer one would be unsharded, and nobody could say which rows are meant."""
+    layer = Attention(d_model=16, n_heads=2, rope=RoPEConfig())
+    buffers = layer.rope.get_buffers(rows, "cpu")
+    with pytest.raises(ValueError, match="for each of the input's 4 positions, got shape"):
+        layer(torch.randn(1, 4, 16), pos_sin=buffers.pos_sin, pos_cos=buffers.pos_cos)

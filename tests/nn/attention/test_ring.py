@@ -197,6 +197,37 @@ def test_failure_9_lengths_that_do_not_describe_the_input(
 
 
 @pytest.mark.parametrize("balancer", BALANCERS)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.int8, torch.int16, torch.int64),
+        *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    ],
+)
+def test_lengths_are_integers_of_any_type(
+    balancer: type[RingAttentionLoadBalancer], dtype: torch.dtype
+) -> None:
+    cu, x = cumulative([3, 6]), torch.arange(9)[None]
+    expected = shard_all(balancer, 2, x, cu)
+    for (shard, more), (want, want_more) in zip(
+        shard_all(balancer, 2, x, cu.to(dtype)), expected, strict=True
+    ):
+        assert torch.equal(shard, want) and more.keys() == want_more.keys()
+        for name, value in more.items():
+            same = want_more[name]
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == torch.int32 and torch.equal(value, same)
+            else:
+                assert value == same
+    for bad, message in ((cu.float(), "float32"), (cu.bool(), "bool"), ([0, 9], "list")):
+        with pytest.raises(TypeError, match=f"a tensor of integers, got .*{message}"):
+            shard_all(balancer, 2, x, bad)
+    wraps = torch.tensor([0, 2**32 + 9])  # 9 in 32 bits
+    with pytest.raises(ValueError, match="must end at"):
+        shard_all(balancer, 2, x, wraps)
+
+
+@pytest.mark.parametrize("balancer", BALANCERS)
 def test_inputs_of_every_shape_and_dtype_are_cut_alike(
     balancer: type[RingAttentionLoadBalancer],
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -129,6 +130,25 @@ def perturb(model: Transformer) -> Transformer:
 def test_equals_the_reference(block: str) -> None:
     model, ids = perturb(build(block)), tokens(2, 11)
     torch.testing.assert_close(model(ids), reference(model, ids, block), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_autocast_trains_any_block(block: str) -> None:
+    """Float32 weights under bfloat16 autocast err no more than a model in bfloat16."""
+    exact, ids, labels = perturb(build(block)), tokens(2, 11), tokens(2, 11, seed=1)
+
+    def step(dtype: torch.dtype, autocast: bool) -> list[Tensor]:
+        model = copy.deepcopy(exact).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(ids)
+            loss = model(ids, labels=labels)
+        return [logits, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    want, low, got = (
+        torch.cat([x.double().flatten() / x.double().norm() for x in step(*how)])
+        for how in ((torch.float64, False), (torch.bfloat16, False), (torch.float32, True))
+    )
+    assert (got - want).norm() < 1.5 * (low - want).norm()
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.backend import AttentionBackendName
-from olmo_core.nn.attention.fused_qk import fused_qk
 from olmo_core.nn.attention.gate import GateConfig, apply_gate
 from olmo_core.nn.attention.inputs import Call
+from olmo_core.nn.attention.qk import normalize_and_rotate, rotate_packed
 from olmo_core.nn.attention.softmax import AttentionShape, SoftmaxAttention
 from olmo_core.nn.functional import l2_normalize
 from olmo_core.nn.layer_norm import LayerNorm, LayerNormConfig
@@ -81,9 +81,10 @@ class Attention(SoftmaxAttention):
         cache: BufferCache | None = None,
         use_head_qk_norm: bool = False,
     ):
-        shape = AttentionShape.of(d_model, n_heads, n_kv_heads, head_dim)
+        if rope is not None and rope.name == RoPEType.fused:
+            rope = rope.replace(name=RoPEType.default)  # for projections that are apart
         super().__init__(
-            shape,
+            AttentionShape.of(d_model, n_heads, n_kv_heads, head_dim),
             bias=bias,
             rope=rope,
             clip_qkv=clip_qkv,
@@ -146,7 +147,7 @@ class Attention(SoftmaxAttention):
         :param max_doc_len_k: The same for ``cu_doc_lens_k``.
         :param local_k_slice: The part of all ranks' keys that ``cu_doc_lens_k`` describes.
         :param pos_sin: The rows of the RoPE tables for the rows of ``x``, where ``x`` is a shard:
-            ``(seq_len, rotary_dim)``. With ``pos_cos``.
+            ``(seq_len, rotary_dim)``. With ``pos_cos``. Documents then end with rows of the batch.
         :param pos_cos: See ``pos_sin``.
         :param freqs_cis: The same for complex RoPE: ``(seq_len, rotary_dim / 2)``.
         :param cache_leftpad: How many leading tokens of each row are padding, ``(batch_size,)``,
@@ -170,36 +171,24 @@ class Attention(SoftmaxAttention):
             max_doc_len_k=max_doc_len_k,
             local_k_slice=local_k_slice,
         )
-        q, k, v = (self._clip(w(x)) for w in (self.w_q, self.w_k, self.w_v))
-        q, k, v = (self._split(y) for y in (q, k, v))
+        q, k, v = self.w_q(x), self.w_k(x), self.w_v(x)
+        if self.clip_qkv is not None:
+            q, k, v = (y.clamp(-self.clip_qkv, self.clip_qkv) for y in (q, k, v))
+        q, k, v = (y.view(*x.shape[:2], -1, self.head_dim) for y in (q, k, v))
         q, k = self._normalize_and_rotate(q, k, call)
         att = self._attend((q, k, v), call)  # (B, T, H, D)
         return self._output(self._gated(att, x).flatten(2), call)
 
-    def _split(self, x: Tensor) -> Tensor:
-        """``(..., heads * D)`` to ``(..., heads, D)``."""
-        return x.unflatten(-1, (-1, self.head_dim))
-
     def _normalize_and_rotate(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """qk-norm, then RoPE: one kernel where it can serve."""
-        fused = fused_qk(
+        return normalize_and_rotate(
             q,
             k,
             q_norm=self.q_norm,
             k_norm=self.k_norm,
             per_head=self.use_head_qk_norm,
             rope=self.rope,
-            rope_inputs=call.rope,
+            **call.rope,
         )
-        return self._rotate(*self._normalize(q, k), call) if fused is None else fused
-
-    def _normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """qk-norm over the full width or each head."""
-        if self.q_norm is None or self.k_norm is None:
-            return q, k
-        if self.use_head_qk_norm:
-            return self.q_norm(q), self.k_norm(k)
-        return self._split(self.q_norm(q.flatten(2))), self._split(self.k_norm(k.flatten(2)))
 
     def _gated(self, att: Tensor, x: Tensor) -> Tensor:
         if self.gate is None or self.w_g is None:
@@ -267,10 +256,17 @@ class NormalizedAttention(Attention):
         self.sk.fill_(self.sk_init_scaling)
 
     def _normalize_and_rotate(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        q, k = self._normalize(q, k)
         sq = self.sq * (self.sq_init_value / self.sq_init_scaling)
         sk = self.sk * (self.sk_init_value / self.sk_init_scaling)
-        return self._rotate(q * self._split(sq).to(q.dtype), k * self._split(sk).to(k.dtype), call)
+        return normalize_and_rotate(
+            q,
+            k,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            scales=(sq, sk),
+            rope=self.rope,
+            **call.rope,
+        )
 
     @torch.no_grad()
     def normalize_matrices(self) -> None:
@@ -375,11 +371,12 @@ class FusedAttention(SoftmaxAttention):
             rope_buffers={"pos_sin": pos_sin, "pos_cos": pos_cos, "freqs_cis": freqs_cis},
             global_cu_doc_lens=global_cu_doc_lens,
         )
-        qkv = self._clip(self.w_qkv(x)).unflatten(-1, (3, self.n_heads, self.head_dim))
+        qkv = self.w_qkv(x)
+        if self.clip_qkv is not None:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+        qkv = qkv.view(*x.shape[:2], 3, self.n_heads, self.head_dim)
         if self.rope is None:
             att = self._attend(qkv, call)
         else:
-            q, k, v = qkv.unbind(2)
-            q, k = self._rotate(q, k, call)
-            att = self._attend((q, k, v), call)
+            att = self._attend(rotate_packed(qkv, self.rope, **call.rope), call)
         return self._output(att.flatten(2), call)

@@ -124,7 +124,9 @@ def read_call(
     else:
         segments = fold(x, x, window, cu_doc_lens=cu_doc_lens, max_doc_len=max_doc_len)
         _check_global(global_cu_doc_lens, cu_doc_lens, x)
-        if segments.cu_q is not None and has_rope and not buffers:
+        if segments.cu_q is not None and buffers:
+            _check_rows(segments.cu_q, batch, tokens)
+        elif segments.cu_q is not None and has_rope:
             # Restarting in each document gives the bits that the document gives alone.
             positions = document_positions(segments.cu_q, batch * tokens).view(batch, tokens)
     return Call(segments, positions, segments.max_q, padding, buffers)
@@ -239,6 +241,22 @@ def _check_global(global_cu: Tensor | None, cu: Tensor | None, x: Tensor) -> Non
     if cu.is_cuda or not can_be_read(cu):
         torch._assert_async(same, message)
     elif not same.item():
+        raise ValueError(message)
+
+
+def _check_rows(cu: Tensor, batch: int, tokens: int) -> None:
+    """RoPE buffers give each row of the batch the same positions: no document may go on in the
+    next row."""
+    if batch == 1:
+        return
+    message = (
+        "A document crosses from one row of the batch to the next, where RoPE buffers start anew. "
+        "End documents with their rows, or leave out the buffers."
+    )
+    good = torch.isin(torch.arange(1, batch, device=cu.device) * tokens, cu).all()
+    if cu.is_cuda or not can_be_read(cu):
+        torch._assert_async(good, message)
+    elif not good.item():
         raise ValueError(message)
 
 

@@ -117,13 +117,13 @@ class RingAttentionLoadBalancer(ABC):
 
         Inputs have a batch of one, or none (the sequence dimension first, as in RoPE buffers).
 
-        :param cu_doc_lens: ``(documents + 1,)``, int32: starts at 0, does not decrease, ends at the
-            length of the inputs.
+        :param cu_doc_lens: ``(documents + 1,)``, integers of any type: starts at 0, does not
+            decrease, ends at the length of the inputs.
 
         :returns: The local shards of the inputs and any other additional inputs required for the
             corresponding ring attention implementation, all of them keywords of a mixer's
             ``forward``. ``global_cu_doc_lens`` holds the padded documents of the whole sequence.
-        :raises TypeError: If ``cu_doc_lens`` is not an int32 tensor.
+        :raises TypeError: If ``cu_doc_lens`` is not a tensor of integers.
         :raises ValueError: If the arguments don't fit together, the batch is larger than one, or
             padding is needed and ``pad_values`` is not given.
         """

@@ -16,6 +16,11 @@ from torch import Tensor
 from olmo_core.nn.attention.layout import Span, token_index
 from olmo_core.nn.lengths import check_cu_doc_lens, host_lengths
 
+_INTEGERS = {
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+}
+
 
 def take(
     spans: list[Span],
@@ -97,8 +102,19 @@ def checked_documents(
                 f"{tuple(x.shape)} with sequence dimension {dim}. Flatten the batch into one "
                 "sequence and add each row's start to its document lengths."
             )
+    cu_doc_lens = _as_int32(cu_doc_lens)
     check_cu_doc_lens(cu_doc_lens, total, None)
     return list(host_lengths(cu_doc_lens))
+
+
+def _as_int32(lengths: Tensor) -> Tensor:
+    """Integers of any type; what int32 can't hold is as wrong in it as before."""
+    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"cu_doc_lens must be a tensor of integers, got {got}.")
+    if lengths.dtype == torch.int32:
+        return lengths
+    return lengths.to(torch.int64).clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
 
 
 def with_padding_document(

@@ -17,7 +17,6 @@ from olmo_core.nn.attention.backend import (
     AutoAttentionBackend,
 )
 from olmo_core.nn.attention.base import SequenceMixer
-from olmo_core.nn.attention.fused_qk import fused_qk
 from olmo_core.nn.attention.inputs import Call, read_call
 from olmo_core.nn.attention.kv_cache import KVCacheManager
 from olmo_core.nn.init import InitMethod
@@ -155,20 +154,6 @@ class SoftmaxAttention(SequenceMixer):
         """Attention proper: :meth:`AttentionBackend.forward` of ``(q, k, v)``."""
         return self.backend((q, k, v), **lengths)
 
-    def _rotate(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        if self.rope is None:
-            return q, k
-        fused = fused_qk(
-            q,
-            k,
-            q_norm=None,
-            k_norm=None,
-            per_head=False,
-            rope=self.rope,
-            rope_inputs=call.rope,
-        )
-        return self.rope(q, k, **call.rope) if fused is None else fused
-
     def _attend(self, qkv: Tensor | tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
         if self.kv_cache_manager is not None:
             return self.backend(qkv, kv_cache_manager=self.kv_cache_manager)
@@ -186,9 +171,6 @@ class SoftmaxAttention(SequenceMixer):
             wants_gradient=self.w_out.weight.requires_grad,
             **keywords,
         )
-
-    def _clip(self, x: Tensor) -> Tensor:
-        return x if self.clip_qkv is None else x.clamp(-self.clip_qkv, self.clip_qkv)
 
     def _output(self, att: Tensor, call: Call) -> Tensor:
         out: Tensor = self.w_out(att)

@@ -126,7 +126,8 @@ class NormalizedTransformerBlock(nn.Module):
 
     def _step(self, x: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
         rate = (alpha * (self.alpha_init / self.alpha_scale)).to(x.dtype)
-        return l2_normalize(torch.lerp(x, l2_normalize(target), rate))
+        # Under autocast a target is narrower than the stream.
+        return l2_normalize(torch.lerp(x, l2_normalize(target.to(x.dtype)), rate))
 
     def init_weights(
         self,

@@ -58,6 +58,23 @@ def cache_before(
 
 
 @needs_kernel
+def test_heads_may_be_billions_of_elements_apart() -> None:
+    """A cache that is (B, H, S, D) in memory with S * D = 2^30, and queries likewise."""
+
+    def far_apart(x: Tensor) -> Tensor:
+        _, length, heads, dim = x.shape
+        memory = torch.empty((heads - 1) * 2**30 + length * dim, dtype=x.dtype, device=DEVICE)
+        return memory.as_strided(x.shape, (length * dim, dim, 2**30, 1)).copy_(x)
+
+    near = [torch.randn(1, n, 3, 16, device=DEVICE, dtype=torch.float16) for n in (1, 1, 1, 20, 20)]
+    seqlen, leftpad = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (9, [0]))
+    want = decode(*near, seqlen, leftpad, scale=0.25, store=True)
+    far = [far_apart(x) for x in near]
+    assert torch.equal(decode(*far, seqlen, leftpad, scale=0.25, store=True), want)
+    assert torch.equal(far[3][:, 9], near[1][:, 0]) and torch.equal(far[4][:, 9], near[2][:, 0])
+
+
+@needs_kernel
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window", "slots", "splits"),
     [

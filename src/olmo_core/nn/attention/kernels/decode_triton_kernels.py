@@ -34,7 +34,8 @@ def _share(
     to ``out``. Otherwise ``out`` and ``lse`` (base 2) are float32 parts, ``(programs, rows, DIM)``
     and ``(programs, rows)``.
     """
-    head = tl.program_id(0)  # neighbours read neighbouring bytes of the cache
+    # Neighbours read neighbouring bytes of the cache. 64 bits: heads may be any stride apart.
+    head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     r = tl.arange(0, ROWS_PAD)

@@ -14,8 +14,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels import rope_qk_norm
 from olmo_core.nn.attention.kernels.rope_qk_norm import (
+    op,
     qk_norm_rope,
     qk_norm_rope_reference,
     rope_only,
@@ -205,6 +205,37 @@ def test_sharded_tables_apply_row_by_row() -> None:
     assert torch.equal(shard[0], whole[0][:, 3:6]) and torch.equal(shard[1], whole[1][:, 3:6])
 
 
+def far_apart(x: Tensor, elements: int) -> Tensor:
+    """A copy whose heads lie ``elements`` apart, in memory of which little is ever touched."""
+    batch, tokens, heads, dim = x.shape
+    memory = torch.empty(
+        (heads - 1) * elements + batch * tokens * dim, dtype=x.dtype, device=DEVICE
+    )
+    strided = memory.as_strided(x.shape, (tokens * dim, dim, elements, 1))
+    strided.copy_(x)
+    return strided
+
+
+@needs_kernels
+@pytest.mark.parametrize("norm", [True, False])
+def test_heads_may_be_billions_of_elements_apart(norm: bool) -> None:
+    """(B, H, T, D) in memory with T * D = 2^30: offsets past 2^31, in forward and backward."""
+    q, k, dq = (torch.randn(1, 4, h, 8, device=DEVICE, dtype=torch.float16) for h in (3, 1, 3))
+    sin, cos = table(4, 8)
+    options: dict[str, Any] = {"sin": sin, "cos": cos}
+    if norm:
+        options |= {"eps": 1e-5, "per_head": True}
+    f = qk_norm_rope if norm else rope_only
+    answers = []
+    for near in (True, False):
+        leaf = q.detach() if near else far_apart(q, 2**30)
+        out = f(leaf.requires_grad_(), k, **options)[0]
+        out.backward(dq if near else far_apart(dq, 2**30))
+        answers += [out.detach(), leaf.grad]
+        assert leaf.grad is not None
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
+
+
 @needs_kernels
 def test_no_tokens() -> None:
     q, k = (torch.randn(1, 0, h, 16, device=DEVICE) for h in (2, 1))
@@ -281,9 +312,9 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
 
 def test_unsupported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.ones(1, 1, 2, 8)
-    monkeypatch.setattr(rope_qk_norm, "triton_refusal", lambda x: f"not on {x.device.type}")
+    monkeypatch.setattr(op, "triton_refusal", lambda x: f"not on {x.device.type}")
     assert "not on cpu" in str(unsupported(q, q))
-    monkeypatch.setattr(rope_qk_norm, "triton_refusal", lambda x: None)
+    monkeypatch.setattr(op, "triton_refusal", lambda x: None)
     assert unsupported(q, q) is None
     assert "float64" in str(unsupported(q.double(), q.double()))
     assert "even" in str(unsupported(q[..., :7], q[..., :7]))

@@ -9,9 +9,6 @@ all-reduce). The rest is *apply*.
 **Rounding.** All arithmetic is float32 and the result is rounded once, at the end. A norm module
 followed by a RoPE module rounds to the inputs' dtype twice, so in half precision the two differ by
 about one unit in the last place, this op being the closer to float64.
-
-:func:`qk_norm_rope_reference` is the readable form with the same signature: any device, any dtype,
-differentiable any number of times.
 """
 
 from __future__ import annotations
@@ -22,11 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.rope_qk_norm.reference import (
+    check_arguments,
+    norm_widths,
+    table_width,
+)
 from olmo_core.nn.attention.kernels.rows import rows
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
 from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
 
-__all__ = ["qk_norm_rope", "qk_norm_rope_reference", "rope_only", "row_stat", "unsupported"]
+__all__ = ["qk_norm_rope", "rope_only", "row_stat", "unsupported"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_ROW = 32768  # elements of one token's heads that a program can hold in registers
@@ -108,9 +110,11 @@ def qk_norm_rope(
     :returns: q and k, contiguous, each in its dtype.
     :raises ValueError: If shapes do not fit together.
     """
-    rotary_dim = _rotary_dim(q, sin, rotary_dim)
-    _check(q, k, q_weight, k_weight, eps, per_head, sin, cos, positions, rotary_dim, stats, widths)
-    width_q, width_k = _widths(q, k, per_head, widths)
+    rotary_dim = table_width(q, sin, rotary_dim)
+    check_arguments(
+        q, k, q_weight, k_weight, eps, per_head, sin, cos, positions, rotary_dim, stats, widths
+    )
+    width_q, width_k = norm_widths(q, k, per_head, widths)
     q_out, k_out, _ = _CALL["qk_norm_rope"](
         q, k, q_weight, k_weight, sin, cos, positions, stats, rotary_dim, width_q, width_k, eps,
         per_head,
@@ -131,114 +135,9 @@ def rope_only(
 
     :raises ValueError: If shapes do not fit together.
     """
-    rotary_dim = _rotary_dim(q, sin, rotary_dim)
-    _check(q, k, None, None, None, False, sin, cos, positions, rotary_dim, None, None)
+    rotary_dim = table_width(q, sin, rotary_dim)
+    check_arguments(q, k, None, None, None, False, sin, cos, positions, rotary_dim, None, None)
     return _CALL["rope"](q, k, sin, cos, positions, rotary_dim, False)
-
-
-def qk_norm_rope_reference(
-    q: Tensor,
-    k: Tensor,
-    *,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    eps: float | None,
-    per_head: bool,
-    sin: Tensor | None = None,
-    cos: Tensor | None = None,
-    positions: Tensor | None = None,
-    rotary_dim: int | None = None,
-    stats: Tensor | None = None,
-    widths: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`qk_norm_rope` in torch: float64 stays float64, all else is computed in float32."""
-    rotary_dim = _rotary_dim(q, sin, rotary_dim)
-    _check(q, k, q_weight, k_weight, eps, per_head, sin, cos, positions, rotary_dim, stats, widths)
-    outs = []
-    for i, (x, weight) in enumerate(((q, q_weight), (k, k_weight))):
-        y = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        if eps is not None:
-            if stats is not None and widths is not None:
-                mean = stats[..., i, None, None] / widths[i]
-            else:
-                mean = y.square().mean(-1 if per_head else (-2, -1), keepdim=True)
-            y = y * torch.rsqrt(mean + eps)
-        if weight is not None:
-            y = y * (weight if per_head else weight.view(x.shape[2:])).to(y.dtype)
-        if sin is not None and cos is not None:
-            y = _rotate(y, sin, cos, positions, rotary_dim)
-        outs.append(y.to(x.dtype).contiguous())
-    return outs[0], outs[1]
-
-
-def _rotate(
-    x: Tensor, sin: Tensor, cos: Tensor, positions: Tensor | None, rotary_dim: int
-) -> Tensor:
-    half = rotary_dim // 2
-    rows = slice(x.shape[1]) if positions is None else positions.long()
-    s, c = (table[rows][..., None, :half].to(x.dtype) for table in (sin, cos))
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([first * c - second * s, second * c + first * s, rest], dim=-1)
-
-
-def _rotary_dim(q: Tensor, sin: Tensor | None, rotary_dim: int | None) -> int:
-    if sin is None:
-        return q.shape[3]
-    return sin.shape[-1] if rotary_dim is None else rotary_dim
-
-
-def _widths(
-    q: Tensor, k: Tensor, per_head: bool, widths: tuple[int, int] | None
-) -> tuple[int, int]:
-    if widths is not None:
-        return widths
-    dim = q.shape[3]
-    return (dim, dim) if per_head else (q.shape[2] * dim, k.shape[2] * dim)
-
-
-def _check(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float | None,
-    per_head: bool, sin: Tensor | None, cos: Tensor | None, positions: Tensor | None,
-    rotary_dim: int, stats: Tensor | None, widths: tuple[int, int] | None,
-) -> None:  # fmt: skip
-    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            "Expected q (B, T, H, D) and k (B, T, Hkv, D) that agree in B, T and D, got "
-            f"{tuple(q.shape)} and {tuple(k.shape)}."
-        )
-    for name, x, weight in (("q_weight", q, q_weight), ("k_weight", k, k_weight)):
-        size = x.shape[3] if per_head else x.shape[2] * x.shape[3]
-        if weight is not None and weight.shape != (size,):
-            raise ValueError(
-                f"{name} must have shape ({size},) with per_head={per_head}, got "
-                f"{tuple(weight.shape)}."
-            )
-    if (sin is None) != (cos is None) or (sin is None and positions is not None):
-        raise ValueError("sin and cos come together, and positions need both.")
-    if sin is not None and cos is not None:
-        batch, tokens = q.shape[:2]
-        if rotary_dim % 2 or not 0 < rotary_dim <= q.shape[3]:
-            raise ValueError(f"rotary_dim must be even and at most {q.shape[3]}, got {rotary_dim}.")
-        wide = sin.dim() == 2 and sin.shape[1] in (rotary_dim, rotary_dim // 2)
-        if not wide or sin.shape != cos.shape:
-            raise ValueError(
-                f"sin and cos must be tables (L, {rotary_dim}) or (L, {rotary_dim // 2}), got "
-                f"{tuple(sin.shape)} and {tuple(cos.shape)}."
-            )
-        if positions is None and sin.shape[0] < tokens:
-            raise ValueError(
-                f"The table has {sin.shape[0]} rows for {tokens} tokens: make it longer."
-            )
-        if positions is not None and positions.shape not in ((tokens,), (batch, tokens)):
-            raise ValueError(
-                f"positions must be ({tokens},) or ({batch}, {tokens}), got "
-                f"{tuple(positions.shape)}."
-            )
-    if stats is not None and (eps is None or per_head or widths is None):
-        raise ValueError(
-            "stats replace the sums over a token's whole width: they need eps, widths and "
-            "per_head=False. A norm per head needs no other rank."
-        )
 
 
 def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[Any, Any]:
@@ -261,7 +160,7 @@ def _forward(
     cos: Tensor | None, positions: Tensor | None, stats: Tensor | None, rotary_dim: int,
     width_q: int, width_k: int, eps: float | None, per_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from olmo_core.nn.attention.kernels.rope_qk_norm_triton import launch_forward
+    from olmo_core.nn.attention.kernels.rope_qk_norm.triton_kernels import launch_forward
 
     rstd = _statistics(q, k, eps, per_head)
     squares = None if stats is None else stats.contiguous()
@@ -287,7 +186,7 @@ def _backward(
     k_weight: Tensor | None, sin: Tensor | None, cos: Tensor | None, positions: Tensor | None,
     rstd: Tensor, given: bool, rotary_dim: int, width_q: int, width_k: int, per_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from olmo_core.nn.attention.kernels.rope_qk_norm_triton import launch_backward
+    from olmo_core.nn.attention.kernels.rope_qk_norm.triton_kernels import launch_backward
 
     args = [*rows(dq_out, dk_out, q, k, q_weight, k_weight), *_tables(sin, cos)]
     args += [*rows(positions), rstd if rstd.dim() > 1 else None]
@@ -346,7 +245,7 @@ def _rope(
     q: Tensor, k: Tensor, sin: Tensor, cos: Tensor, positions: Tensor | None, rotary_dim: int,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from olmo_core.nn.attention.kernels.rope_qk_norm_triton import launch_forward
+    from olmo_core.nn.attention.kernels.rope_qk_norm.triton_kernels import launch_forward
 
     args = [*rows(q, k), None, None, *_tables(sin, cos), *rows(positions), None, None]
     return launch_forward(args, rotary_dim=rotary_dim, inverse=inverse)

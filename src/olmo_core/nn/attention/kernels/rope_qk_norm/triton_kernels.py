@@ -1,4 +1,4 @@
-"""The Triton kernels behind :mod:`.rope_qk_norm`: one pass over q and k forward, one backward.
+"""The Triton kernels behind :mod:`.op`: one pass over q and k forward, one backward.
 
 One launch serves both tensors: programs below ``programs_q`` take tiles of q, the rest tiles of k.
 A tile is a few tokens with all their heads, ``(tokens, heads, columns)`` in registers, cut into two
@@ -45,8 +45,16 @@ def _columns(DIM: tl.constexpr, ROTARY: tl.constexpr, PAD: tl.constexpr):
 
 @triton.jit
 def _offsets(tokens, seq, stride_b, stride_t, stride_h, HEADS_PAD: tl.constexpr):
+    """Of each head of each token. Strides are int32 where they fit, products of them may not be."""
     row = (tokens // seq).to(tl.int64) * stride_b + (tokens % seq).to(tl.int64) * stride_t
-    return row[:, None, None] + (tl.arange(0, HEADS_PAD) * stride_h)[None, :, None]
+    return row[:, None, None] + (tl.arange(0, HEADS_PAD).to(tl.int64) * stride_h)[None, :, None]
+
+
+@triton.jit
+def _packed(tokens, HEADS: tl.constexpr, DIM: tl.constexpr, HEADS_PAD: tl.constexpr):
+    """:func:`_offsets` where tokens are contiguous."""
+    row = tokens.to(tl.int64) * (HEADS * DIM)
+    return row[:, None, None] + (tl.arange(0, HEADS_PAD) * DIM)[None, :, None]
 
 
 @triton.jit
@@ -140,7 +148,7 @@ def _forward_tile(
     if ROPE:
         y1 = x1 * cos - x2 * sin
         y2 = x2 * cos + x1 * sin
-    out = _offsets(tokens, seq, seq * HEADS * DIM, HEADS * DIM, DIM, HEADS_PAD)
+    out = _packed(tokens, HEADS, DIM, HEADS_PAD)
     element = out_ptr.dtype.element_ty
     tl.store(out_ptr + out + first[None, None, :], y1.to(element), mask=keep)
     tl.store(out_ptr + out + second[None, None, :], y2.to(element), mask=keep)
@@ -231,7 +239,7 @@ def _backward_tiles(
             else:
                 g1 = (g1 - x1 * shared) * rstd
                 g2 = (g2 - x2 * shared) * rstd
-        out = _offsets(tokens, seq, seq * HEADS * DIM, HEADS * DIM, DIM, HEADS_PAD)
+        out = _packed(tokens, HEADS, DIM, HEADS_PAD)
         element = dx_ptr.dtype.element_ty
         tl.store(dx_ptr + out + first[None, None, :], g1.to(element), mask=keep)
         tl.store(dx_ptr + out + second[None, None, :], g2.to(element), mask=keep)

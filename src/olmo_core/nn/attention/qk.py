@@ -1,0 +1,181 @@
+"""qk-norm and RoPE of a layer: one kernel where modules and tensors allow it, else one by one.
+
+The kernel rounds once where the modules round twice, see :mod:`.kernels.rope_qk_norm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from olmo_core.nn.attention.kernels.rope_qk_norm import (
+    qk_norm_rope,
+    qk_norm_rope_reference,
+    rope_only,
+    row_stat,
+    unsupported,
+)
+from olmo_core.nn.layer_norm import CuTeRMSNorm, FusedRMSNorm, LayerNorm, RMSNorm
+from olmo_core.nn.rope import FusedRotaryEmbedding, RotaryEmbedding, RotaryEmbeddingBase
+
+__all__ = ["normalize_and_rotate", "rotate_packed"]
+
+_NORMS = (RMSNorm, FusedRMSNorm, CuTeRMSNorm)
+_ROPES = (RotaryEmbedding, FusedRotaryEmbedding)
+
+
+def normalize_and_rotate(
+    q: Tensor,
+    k: Tensor,
+    *,
+    q_norm: LayerNorm | None = None,
+    k_norm: LayerNorm | None = None,
+    per_head: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None,
+    rope: RotaryEmbeddingBase | None = None,
+    share: Callable[[Tensor], Tensor] | None = None,
+    **where: Any,
+) -> tuple[Tensor, Tensor]:
+    """Normalise q and k, scale them, rotate them; each step is optional.
+
+    :param q: ``(B, T, H, D)``.
+    :param k: ``(B, T, Hkv, D)``.
+    :param q_norm: Over ``H * D``, or over each head where ``per_head``; together with ``k_norm``.
+    :param k_norm: Over ``Hkv * D``, or over each head.
+    :param scales: What multiplies q and k after their norms: ``(H * D,)`` and ``(Hkv * D,)``.
+    :param share: Where heads are sharded: sums the statistic ``(B, T, 2)`` of norms that are not
+        ``per_head`` over the ranks, differentiably. The norms' ``size`` is then the whole width,
+        their weights are this rank's.
+    :param where: Keywords of ``rope``: positions, or buffers with a row for each of the T tokens.
+    :raises ValueError: If buffers do not fit, or norms that are not RMS norms are to be shared.
+    """
+    if where and "positions" not in where:
+        _check_buffers(q, where)
+    stats = widths = None
+    if share is not None and not per_head and q_norm is not None and k_norm is not None:
+        if not _norms_fit(q_norm, k_norm):
+            raise ValueError(
+                "Only RMS norms without bias or hooks, alike for q and k, can be shared by ranks, "
+                f"got {q_norm} and {k_norm}. Normalise each head by itself (use_head_qk_norm)."
+            )
+        stats, widths = share(row_stat(q, k)), (q_norm.size, k_norm.size)
+
+    if unsupported(q, k) is None and (q_norm is None or _norms_fit(q_norm, k_norm)):
+        table = _table(q, rope, where)
+        if table is not None:
+            if q_norm is None and scales is None:
+                return (q, k) if rope is None else rope_only(q, k, **table)
+            return qk_norm_rope(
+                q, k, **_weights(q_norm, k_norm, scales), **table, per_head=per_head,
+                eps=None if q_norm is None else q_norm.eps, stats=stats, widths=widths,
+            )  # fmt: skip
+
+    if q_norm is not None and k_norm is not None:
+        if stats is not None:
+            q, k = qk_norm_rope_reference(
+                q, k, **_weights(q_norm, k_norm, None), per_head=False, eps=q_norm.eps,
+                stats=stats, widths=widths,
+            )  # fmt: skip
+        elif per_head:
+            q, k = q_norm(q), k_norm(k)
+        else:
+            q, k = q_norm(q.flatten(2)).view(q.shape), k_norm(k.flatten(2)).view(k.shape)
+    if scales is not None:
+        q_scale, k_scale = (s.view(x.shape[2:]).to(x.dtype) for s, x in zip(scales, (q, k)))
+        q, k = q * q_scale, k * k_scale
+    return (q, k) if rope is None else rope(q, k, False, **where)
+
+
+def rotate_packed(
+    qkv: Tensor, rope: RotaryEmbeddingBase, **where: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RoPE of packed queries, keys and values, ``(B, T, 3, H, D)``.
+
+    :param rope: A :class:`FusedRotaryEmbedding`.
+    :param where: As for :func:`normalize_and_rotate`.
+    :returns: Queries, keys and values, each ``(B, T, H, D)``.
+    """
+    q, k, v = qkv.unbind(2)
+    if where and "positions" not in where:
+        _check_buffers(q, where)
+    if unsupported(q, k) is None and (table := _table(q, rope, where)) is not None:
+        return *rope_only(q, k, **table), v
+    if _is_heard(rope):
+        q, k, v = rope(qkv, **where).unbind(2)
+        return q, k, v
+    return *rope.rotate(q, k, False, **where), v  # without a copy of the values
+
+
+def _check_buffers(q: Tensor, buffers: dict[str, Tensor]) -> None:
+    """A layer's buffers are its input's rows: of longer ones, nobody knows which rows."""
+    for name, buffer in buffers.items():
+        if buffer.dim() != 2 or buffer.shape[0] != q.shape[1]:
+            raise ValueError(
+                f"{name} must hold a RoPE row for each of the input's {q.shape[1]} positions, got "
+                f"shape {tuple(buffer.shape)}. Shard it like the input, or cut it to its length."
+            )
+
+
+def _is_heard(module: nn.Module) -> bool:
+    """Whether somebody sees that a module is called: through a hook, or a forward of its own."""
+    hooks = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+    return bool(hooks) or "forward" in vars(module)
+
+
+def _norms_fit(q_norm: LayerNorm | None, k_norm: LayerNorm | None) -> bool:
+    """Whether both are the kernel's RMS norm, and nobody must see them called."""
+    if q_norm is None or k_norm is None or q_norm.eps != k_norm.eps:
+        return False
+    return all(
+        type(n) in _NORMS
+        and n.full_precision
+        and n.bias is None
+        and (n.weight is None or type(n.weight) in (Tensor, nn.Parameter))  # no DTensor
+        and not _is_heard(n)
+        for n in (q_norm, k_norm)
+    )
+
+
+def _weights(
+    q_norm: LayerNorm | None, k_norm: LayerNorm | None, scales: tuple[Tensor, Tensor] | None
+) -> dict[str, Any]:
+    """Of the norms and scales together, as the kernel's keywords."""
+    weights: list[Tensor | None] = [None if n is None else n.weight for n in (q_norm, k_norm)]
+    if scales is not None:
+        weights = [s if w is None else w * s for w, s in zip(weights, scales)]
+    return {"q_weight": weights[0], "k_weight": weights[1]}
+
+
+def _table(
+    q: Tensor, rope: RotaryEmbeddingBase | None, where: dict[str, Any]
+) -> dict[str, Any] | None:
+    """RoPE as the kernel's keywords, or None for what the module does, or refuses, itself."""
+    if rope is None:
+        return {}
+    if type(rope) not in _ROPES or not rope.full_precision or _is_heard(rope):
+        return None
+    if set(where) == {"pos_sin", "pos_cos"}:
+        sin, cos = where["pos_sin"], where["pos_cos"]
+        if any(
+            t.shape != (q.shape[1], rope.rotary_dim)
+            or t.dtype != torch.float32
+            or t.device != q.device
+            for t in (sin, cos)
+        ):
+            return None
+        return {"sin": sin, "cos": cos, "rotary_dim": rope.rotary_dim}
+    if set(where) not in (set(), {"positions", "max_position"}):
+        return None
+    sin, cos = rope.get_table(where.get("max_position", q.shape[1]), q.device)
+    positions = where.get("positions")
+    return {"sin": sin, "cos": cos, "positions": positions, "rotary_dim": rope.rotary_dim}
