@@ -170,8 +170,10 @@ class Attention(SoftmaxAttention):
             max_doc_len_k=max_doc_len_k,
             local_k_slice=local_k_slice,
         )
-        q, k, v = (self._clip(w(x)) for w in (self.w_q, self.w_k, self.w_v))
-        q, k, v = (self._split(y) for y in (q, k, v))
+        projected = [w(x) for w in (self.w_q, self.w_k, self.w_v)]
+        if self.clip_qkv is not None:
+            projected = [self._clip(y) for y in projected]
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         q, k = self._normalize_and_rotate(q, k, call)
         att = self._attend((q, k, v), call)  # (B, T, H, D)
         return self._output(self._gated(att, x).flatten(2), call)
