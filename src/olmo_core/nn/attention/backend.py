@@ -414,7 +414,7 @@ class AttentionBackend(nn.Module, ABC):
         cache.check_call(k, window, leftpad)
         padded = leftpad is not None or cache.has_leftpad
         if one_range:
-            _ask_for_a_step(str(self.name or AttentionBackendName.torch), padded, window > 0)
+            _ask_for_a_step(self.name or AttentionBackendName.torch, padded, window > 0)
             out = decode_step(q, k, v, cache, scale=scale, window=window, leftpad=leftpad)
         else:
             features = (Feature.documents, Feature.kv_cache, Feature.left_padding)
@@ -425,13 +425,19 @@ class AttentionBackend(nn.Module, ABC):
         return out.to(q.dtype)
 
 
+_SERVED_STEPS: set[tuple[str, bool, bool]] = set()
+"""What rows have been asked and had: they do not change in a process."""
+
+
 @compile_time_constant
 def _ask_for_a_step(row: str, padded: bool, windowed: bool) -> None:
-    """:raises RuntimeError: If the table's row lacks something that one token over a cache needs."""
-    missing = CAPABILITIES[row].missing
-    asked = ((Feature.kv_cache, True), (Feature.left_padding, padded), (Feature.window, windowed))
-    if missing and (lacking := [f for f, wanted in asked if wanted and f in missing]):
-        raise RuntimeError(refusal(row, feature_reasons(CAPABILITIES[row], lacking)))
+    """:raises RuntimeError: If a row of the table lacks what one token over a cache needs."""
+    if (row, padded, windowed) in _SERVED_STEPS:
+        return
+    asked = {Feature.kv_cache: True, Feature.left_padding: padded, Feature.window: windowed}
+    if reasons := feature_reasons(CAPABILITIES[row], [f for f, wanted in asked.items() if wanted]):
+        raise RuntimeError(refusal(row, reasons))
+    _SERVED_STEPS.add((row, padded, windowed))
 
 
 class TorchAttentionBackend(AttentionBackend):

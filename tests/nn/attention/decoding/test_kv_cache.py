@@ -383,6 +383,7 @@ def test_what_the_row_lacks_is_refused(
     for module in (backend, selection):
         monkeypatch.setattr(module, "CAPABILITIES", {**CAPABILITIES, "torch": row})
     monkeypatch.setattr(selection, "_CHOSEN", {})
+    monkeypatch.setattr(backend, "_SERVED_STEPS", set())
     layer = LAYERS["attention"](backend="torch", window_size=8).eval()
     layer.backend.fallback = False
     layer.kv_cache_manager = KVCacheManager(1, 8, 2, 4, dtype=torch.float32)

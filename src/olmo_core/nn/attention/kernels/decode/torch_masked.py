@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmo_core.nn.attention.kernels.decode.slots import store
-from olmo_core.nn.dispatch import is_observed
+from olmo_core.nn.lengths import can_be_read
 
 __all__ = ["decode", "masked", "unsupported"]
 
@@ -36,23 +36,29 @@ def decode(
     is_ring: bool = False,
 ) -> Tensor:
     """See :class:`.DecodeKernel`."""
-    slots = k_cache.shape[1]
-    # Reading the position costs nothing on a CPU, and a wait on a GPU.
-    readable = q.device.type == "cpu" and not is_observed((q, k_cache, seqlen))
-    if readable and not padded:
+    at_most = slots = k_cache.shape[1]
+    if q.device.type == "cpu" and can_be_read(seqlen):  # it costs nothing there, a wait on a GPU
         position = int(seqlen)
-        stop = min(position + 1, slots) if is_ring else position + 1
-        first = max(0, stop - window) if window > 0 else 0
-        slot = position % slots if is_ring else position
-        k_cache[:, slot], v_cache[:, slot] = k[:, 0], v[:, 0]
-        return _attend(q, k_cache[:, first:stop], v_cache[:, first:stop], None, scale)
+        longest_pad = int(leftpad.max()) if padded else 0
+        if position >= longest_pad and not (is_ring and longest_pad):
+            # Each row's token belongs into the same slot, and the slots that it sees end alike.
+            slot, stop = position, position + 1
+            if is_ring:
+                slot, stop = position % slots, min(stop, slots)
+            first = max(0, stop - window) if window > 0 else 0
+            k_cache[:, slot], v_cache[:, slot] = k[:, 0], v[:, 0]
+            mask = None
+            if longest_pad > first:
+                index = torch.arange(first, stop, device=q.device, dtype=leftpad.dtype)
+                mask = (index >= leftpad[:, None])[:, None, None, :]
+            return _attend(q, k_cache[:, first:stop], v_cache[:, first:stop], mask, scale)
+        at_most = min(slots, position + 1)
     store(k_cache, v_cache, k, v, seqlen, leftpad if padded else None, is_ring=is_ring)
     starts, stops = leftpad, (seqlen + 1).expand_as(leftpad)
     if is_ring:
         starts, stops = torch.zeros_like(leftpad), (stops - leftpad).clamp(0, slots)
     elif window > 0:
         starts = torch.maximum(starts, stops - window)
-    at_most = min(slots, int(seqlen) + 1) if readable else slots
     keys, values = k_cache[:, :at_most], v_cache[:, :at_most]
     return masked(q, keys, values, torch.minimum(starts, stops), stops, scale=scale)
 
