@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks._gpu import Report, captured, copy_tbs, median_ms, require_cuda
 from olmo_core.nn.attention import AttentionBackendName
-from olmo_core.nn.attention.decode import masked
-from olmo_core.nn.attention.kernels.decode_triton import decode
-from olmo_core.nn.attention.kv_cache import KVCacheManager
+from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
+from olmo_core.nn.attention.kernels.decode.torch_masked import masked
+from olmo_core.nn.attention.kernels.decode.triton_split_kv import split_kv
 
 HEADS, KV_HEADS, HEAD_DIM = 16, 4, 128
 CASES = ((32, 8192), (1, 8192), (8, 32768), (32, 1024))
@@ -46,7 +46,7 @@ def caches(batch: int, tokens: int) -> tuple[Tensor, Tensor]:
 def kernels(batch: int, tokens: int) -> Step:
     before = torch.tensor(tokens - 1, dtype=torch.int32, device="cuda")
     leftpad = torch.zeros(batch, dtype=torch.int32, device="cuda")
-    step = functools.partial(decode, *new_token(batch), *caches(batch, tokens), before, leftpad)
+    step = functools.partial(split_kv, *new_token(batch), *caches(batch, tokens), before, leftpad)
     return functools.partial(step, scale=SCALE, store=True)
 
 
@@ -57,7 +57,6 @@ def backend(batch: int, tokens: int) -> Step:
     )
     cache = KVCacheManager(batch, tokens + 100, KV_HEADS, HEAD_DIM, "cuda", DTYPE)
     qkv = new_token(batch)
-    cache.reserve(tokens - 1)
     cache.update_seqlen(tokens - 1)
     return lambda: attention(qkv, kv_cache_manager=cache)
 

@@ -63,6 +63,8 @@ LAYERS = [
     ["olmo_core.nn.attention.attend", "olmo_core.nn.convolution"],
     [
         "olmo_core.nn.attention.capabilities",
+        "olmo_core.nn.attention.decoding",
+        "olmo_core.nn.attention.kv_cache",
         "olmo_core.nn.attention.layout",
         "olmo_core.nn.attention.ring",
         "olmo_core.nn.attention.sharding",
@@ -70,8 +72,6 @@ LAYERS = [
     [
         "olmo_core.nn.attention.base",
         "olmo_core.nn.attention.inputs",
-        "olmo_core.nn.attention.decode",
-        "olmo_core.nn.attention.kv_cache",
         "olmo_core.nn.attention.selection",
     ],
     [
@@ -83,7 +83,6 @@ LAYERS = [
         "olmo_core.nn.attention.attention",
         "olmo_core.nn.attention.softmax",
         "olmo_core.nn.attention.recurrent",
-        "olmo_core.nn.attention.recurrent_cache",
         "olmo_core.nn.attention.recurrent_sizes",
     ],
     ["olmo_core.nn.attention.config"],

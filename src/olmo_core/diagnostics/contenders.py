@@ -20,8 +20,8 @@ from torch import Tensor
 from olmo_core.diagnostics.bench_cases import BenchCase, Problem, Settings
 from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment, Request, refusals
 from olmo_core.nn.attention.config import AttentionBackendName
+from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
 from olmo_core.nn.attention.kernels.softmax import Feature
-from olmo_core.nn.attention.kv_cache import KVCacheManager
 
 __all__ = ["PEERS", "Attend", "Contender", "Unavailable", "absent_backends", "contenders"]
 
@@ -93,7 +93,6 @@ def _backend(name: str, p: Problem) -> Attend:
     cache = KVCacheManager(p.batch, p.n_tokens, s.n_kv_heads, s.head_dim, p.device, s.dtype)
     cache.k_cache.copy_(keys)
     cache.v_cache.copy_(values)
-    cache.reserve(p.n_tokens - 1)
     cache.update_seqlen(p.n_tokens - 1)
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

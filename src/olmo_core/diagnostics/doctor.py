@@ -282,11 +282,10 @@ def _torch_form(case: str, dtype: torch.dtype, head_dim: int, device: torch.devi
 
 
 def _step_form(dtype: torch.dtype, head_dim: int, device: torch.device) -> str:
-    from olmo_core.nn.attention.kernels import decode_triton
+    from olmo_core.nn.attention.kernels.decode import DECODE_KERNELS, choose_decode
 
     q = torch.empty(1, 1, 4, head_dim, dtype=dtype, device=device)
-    refused = decode_triton.unsupported(q, q[:, :, :1])
-    return "SDPA over the cache" if refused else "Triton over split keys"
+    return DECODE_KERNELS[choose_decode(q, q[:, :, :1]).name].title
 
 
 def _first_line(e: Exception) -> str:

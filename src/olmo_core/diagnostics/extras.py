@@ -56,14 +56,14 @@ def _rope_qk_norm(device: torch.device) -> tuple[str, str]:
 
 
 def _decode(device: torch.device) -> tuple[str, str]:
-    from olmo_core.nn.attention.kernels import decode_triton
+    from olmo_core.nn.attention.kernels.decode import triton_split_kv
 
     q = torch.randn(1, 1, 2, 64, device=device)
     cache, new = (torch.randn(1, n, 1, 64, device=device) for n in (40, 1))
-    if reason := decode_triton.unsupported(q, cache):
+    if reason := triton_split_kv.unsupported(q, cache):
         return "", reason
     seqlen, leftpad = (torch.tensor(x, device=device, dtype=torch.int32) for x in (29, [3]))
-    out = decode_triton.decode(q, new, new, cache, cache, seqlen, leftpad, scale=0.125)
+    out = triton_split_kv.split_kv(q, new, new, cache, cache, seqlen, leftpad, scale=0.125)
     keys = torch.cat([cache[:, 3:29], new], dim=1).transpose(1, 2)
     want = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2), keys, keys, scale=0.125, enable_gqa=True

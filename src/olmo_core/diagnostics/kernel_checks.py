@@ -20,8 +20,8 @@ from olmo_core.diagnostics.measures import Comparison, bound, reference_dtype, r
 from olmo_core.diagnostics.reference import dense_attention
 from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.config import AttentionBackendName
+from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
 from olmo_core.nn.attention.kernels.softmax import Feature, get_kernel
-from olmo_core.nn.attention.kv_cache import KVCacheManager
 from olmo_core.nn.attention.segments import Segments
 
 __all__ = ["CHECKS", "N_HEADS", "N_KV_HEADS", "Place"]

@@ -22,7 +22,8 @@ from olmo_core.diagnostics.subject import (
     Subject,
     answer,
 )
-from olmo_core.nn.attention.base import DecodingCache, SequenceMixer
+from olmo_core.nn.attention.base import SequenceMixer
+from olmo_core.nn.attention.decoding.cache import DecodingCache
 from olmo_core.nn.attention.kernels.softmax import Feature
 
 __all__ = ["PROPERTIES", "Property"]

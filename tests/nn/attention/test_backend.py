@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from olmo_core.nn.attention import (
     Attention,
     AttentionBackendName,
     FusedAttention,
+    NormalizedAttention,
     TorchAttentionBackend,
     selection,
 )
@@ -325,3 +327,54 @@ def test_apply_cp_is_refused_with_the_reason() -> None:
         backend.apply_cp(None)
     with pytest.raises(RuntimeError, match="ring_cp"):
         backend.apply_cp(None, ring=object())
+
+
+@pytest.mark.parametrize("cls", [Attention, FusedAttention, NormalizedAttention])
+def test_options_set_after_build_are_the_backends(cls: type[Any]) -> None:
+    """Dropout that could not be switched off, and a window that changed nothing."""
+
+    def build(**options: Any) -> Any:
+        torch.manual_seed(0)
+        return cls(d_model=16, n_heads=2, **options)
+
+    x = torch.randn(2, 9, 16)
+    layer = build(window_size=4)
+    for window in (2, None, 3, 100):
+        layer.window_size = window
+        assert layer.window_size == window and layer.backend.window == (window or -1)
+        torch.testing.assert_close(layer(x), build(window_size=window)(x))
+        flops = build(window_size=window).num_flops_per_token(50)
+        assert layer.num_flops_per_token(50) == flops
+    layer.backend.window_size = (1, 0)
+    assert layer.window_size == 2
+    layer.window_size = None
+    layer.dropout_p = 0.5
+    assert layer.backend.dropout_p == 0.5 and not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+    layer.train().dropout_p = 0.0
+    torch.testing.assert_close(layer(x), build()(x))
+    layer.softmax_scale = 0.1
+    q, k, v = torch.randn(3, 1, 4, 2, 8)
+    other = TorchAttentionBackend(head_dim=8, n_heads=2, scale=0.1)
+    torch.testing.assert_close(layer.backend((q, k, v)), other((q, k, v)))
+    for name, wrong in (
+        ("window_size", 0), ("window_size", 2.0), ("window_size", True), ("dropout_p", 1.0),
+        ("dropout_p", -0.1), ("softmax_scale", 0.0), ("softmax_scale", math.nan),
+    ):  # fmt: skip
+        before = getattr(layer, name)
+        with pytest.raises(OLMoConfigurationError, match=name):
+            setattr(layer, name, wrong)
+        assert getattr(layer, name) == before
+    for wrong in ((3, 3), (-2, 0), 4):
+        with pytest.raises(OLMoConfigurationError, match="window_size is"):
+            layer.backend.window_size = wrong
+
+
+def test_an_option_set_after_compilation_counts() -> None:
+    layer = Attention(d_model=16, n_heads=2).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 9, 16)
+    for window in (None, 2, 5):
+        layer.window_size = window
+        torch.testing.assert_close(compiled(x), layer(x))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from olmo_core.config import DType
 from olmo_core.nn.attention import AttentionConfig, SlidingWindowAttentionConfig
-from olmo_core.nn.attention.base import DecodingCache, SequenceMixer, SequenceMixerConfig
+from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
+from olmo_core.nn.attention.decoding.cache import DecodingCache
 from olmo_core.nn.rope import RoPEConfig
 from olmo_core.nn.transformer import (
     Transformer,
@@ -28,30 +29,12 @@ class DecayCache(DecodingCache):
     """The states after the last tokens, newest last: as many as can be asked back."""
 
     def __init__(self, batch: int, max_seq_len: int, d: int, max_rollback: int) -> None:
-        super().__init__()
-        self.batch, self.d, self.max_seq_len, self.kept = batch, d, max_seq_len, max_rollback + 1
-        self.reset()
+        super().__init__(batch, max_seq_len, max_rollback)
+        kind = ((batch, max_rollback + 1, d), torch.float64)
+        self._allocate(batch, max_seq_len, "cpu", {"states": kind})
 
-    def reserve(self, n_tokens: int) -> None:
-        if self.position + n_tokens > self.max_seq_len:
-            raise RuntimeError("overflow")
-
-    def reset(self) -> None:
-        self.position = 0
-        self.states = [torch.zeros(self.batch, self.d, dtype=torch.float64)]
-        self.leftpad = torch.zeros(self.batch, dtype=torch.int32)
-
-    def rollback(self, n_tokens: int) -> None:
-        if n_tokens >= len(self.states):
-            raise ValueError("too many")
-        self.states = self.states[: len(self.states) - n_tokens]
-        self.position -= n_tokens
-
-    def current_position(self) -> Tensor:
-        return torch.tensor(self.position, dtype=torch.int32)
-
-    def record_leftpad(self, leftpad: Tensor) -> None:
-        self.leftpad = leftpad
+    def _restore(self, n_tokens: int) -> None:
+        self.states.copy_(self.states.roll(n_tokens, 1))
 
 
 class Decay(SequenceMixer):
@@ -69,17 +52,14 @@ class Decay(SequenceMixer):
     ) -> Tensor:  # fmt: skip
         assert cu_doc_lens is None
         cache = self.kv_cache_manager or DecayCache(x.shape[0], x.shape[1], x.shape[2], 0)
-        cache.reserve(x.shape[1])
-        if cache_leftpad is not None:
-            cache.record_leftpad(cache_leftpad)
-        out = []
-        for y in self.w(x).unbind(1):
-            real = (cache.position >= cache.leftpad)[:, None]
-            state = torch.where(real, cache.states[-1] / 2 + y, 0)
-            cache.states = [*cache.states, state][-cache.kept :]
-            cache.position += 1
-            out.append(state)
-        return torch.stack(out, 1)
+        padding = cache.admit(x, cache_leftpad, parameters=self.parameters())
+        states = list(cache.states.unbind(1))
+        for t, y in enumerate(self.w(x).unbind(1)):
+            state = states[-1] / 2 + y
+            states.append(state if padding is None else state.masked_fill(padding[:, t, None], 0))
+        cache.states.copy_(torch.stack(states[-cache.states.shape[1] :], 1))
+        cache.update_seqlen(x.shape[1], cache_leftpad)
+        return torch.stack(states[-x.shape[1] :], 1)
 
     def init_weights(self, *, init_method: Any, generator: Any = None, **options: Any) -> None:
         init_method.init_linear_(self.w.weight, generator=generator, **options)
@@ -285,3 +265,36 @@ def test_limits_of_the_caches() -> None:
     with pytest.raises(ValueError, match="room"):
         model.init_kv_cache(0, 4)
     assert all(mixer.kv_cache_manager is None for mixer in model.mixers)
+
+
+def test_all_layers_roll_back_or_none() -> None:
+    """A later layer that refuses left the earlier ones rolled back."""
+    model, ids = build("hybrid"), tokens(1, 12)
+    full = model(ids)
+    with model.decoding(1, 12, max_rollback=3):
+        model(ids[:, :6])
+        model.mixers[2].kv_cache_manager.max_rollback = 1
+        model.mixers[2].kv_cache_manager.restorable = 1
+        with pytest.raises(ValueError, match="now restore 1"):
+            model.rollback(2)
+        assert {mixer.kv_cache_manager.host_seqlen for mixer in model.mixers} == {6}
+        torch.testing.assert_close(model(ids[:, 6:]), full[:, 6:], rtol=1e-10, atol=1e-10)
+
+
+def test_layers_that_disagree_after_a_failure_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build("window"), tokens(1, 12)
+    full = model(ids)
+    with model.decoding(1, 12, max_rollback=1):
+        model(ids[:, :6])
+        with monkeypatch.context() as m:
+            m.setattr(model.mixers[2], "forward", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(ids[:, 6:])
+        for call in (lambda: model(ids[:, 6:]), lambda: model.rollback(1)):
+            with pytest.raises(RuntimeError, match=r"\[12, 12, 6, 6\]: an earlier call failed"):
+                call()
+        model.reset_kv_cache()
+        torch.testing.assert_close(model(ids), full, rtol=1e-10, atol=1e-10)
+        model.mixers[1].kv_cache_manager = None
+        with pytest.raises(RuntimeError, match="some layers have no cache"):
+            model(ids)

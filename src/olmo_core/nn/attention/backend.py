@@ -23,13 +23,13 @@ from olmo_core.nn.attention.capabilities import (
     feature_reasons,
     installation_reasons,
 )
-from olmo_core.nn.attention.decode import decode
+from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
+from olmo_core.nn.attention.decoding.step import decode_step, extend
 from olmo_core.nn.attention.inputs import fold
 from olmo_core.nn.attention.kernels.softmax import Capabilities, Feature, declare_kernel
-from olmo_core.nn.attention.kv_cache import KVCacheManager
 from olmo_core.nn.attention.segments import Segments
 from olmo_core.nn.attention.selection import kernel_for, refusal
-from olmo_core.utils import runs_eagerly
+from olmo_core.utils import compile_time_constant
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -148,26 +148,44 @@ class AttentionBackend(nn.Module, ABC):
                 "A backend needs positive sizes and a multiple of n_kv_heads as n_heads, got "
                 f"head_dim={head_dim}, n_heads={n_heads}, n_kv_heads={n_kv_heads}."
             )
+        self.head_dim, self.n_heads, self.n_kv_heads = head_dim, n_heads, n_kv_heads
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.dropout_p = dropout_p
+        self.window_size = window_size
+        self.fallback = fallback
+        if not (fallback and Environment.detect().compute_capability is None):
+            self.assert_supported()
+
+    @property
+    def dropout_p(self) -> float:
+        """Probability of dropping an attention weight, in training alone. May be set."""
+        return self._dropout_p
+
+    @dropout_p.setter
+    def dropout_p(self, dropout_p: float) -> None:
         if not 0.0 <= dropout_p < 1.0:
             raise OLMoConfigurationError(f"dropout_p must be in [0, 1), got {dropout_p}.")
+        self._dropout_p = dropout_p
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """How many keys before and after its own a query sees. May be set."""
+        return (-1, -1) if self._window < 0 else (self._window - 1, 0)
+
+    @window_size.setter
+    def window_size(self, window_size: tuple[int, int]) -> None:
         left, right = window_size if isinstance(window_size, tuple | list) else (None, None)
         if left is None or not (left >= -1 and (right == 0 or (left, right) == (-1, -1))):
             raise OLMoConfigurationError(
                 "Attention is causal, so window_size is (-1, -1) for no window or (W - 1, 0) for a "
                 f"window of W keys, got {window_size}."
             )
-        self.head_dim, self.n_heads, self.n_kv_heads = head_dim, n_heads, n_kv_heads
-        self.scale = head_dim**-0.5 if scale is None else scale
-        self.dropout_p = dropout_p
-        self.window_size = (left, right)
-        self.fallback = fallback
-        if not (fallback and Environment.detect().compute_capability is None):
-            self.assert_supported()
+        self._window = left + 1 if left >= 0 else -1
 
     @property
     def window(self) -> int:
         """How many keys a query sees, its own included; -1 for all."""
-        return self.window_size[0] + 1 if self.window_size[0] >= 0 else -1
+        return self._window
 
     def extra_repr(self) -> str:
         window = "" if self.window < 0 else f", window={self.window}"
@@ -270,6 +288,7 @@ class AttentionBackend(nn.Module, ABC):
         kv_cache_manager: KVCacheManager | None = None,
         *,
         segments: Segments | None = None,
+        cache_leftpad: Tensor | None = None,
     ) -> Tensor:
         """Run the attention operation.
 
@@ -284,6 +303,8 @@ class AttentionBackend(nn.Module, ABC):
         :param kv_cache_manager: Attend to the cached keys too, and store the new ones.
         :param segments: All the keywords before, checked and folded into one value; instead of
             them.
+        :param cache_leftpad: With the first tokens of a cache, how many of each row are padding,
+            ``(batch,)`` int32.
         :returns: ``(batch, seq, n_heads, head_dim)``.
         :raises ValueError: If inputs do not fit together.
         :raises RuntimeError: If the backend can't serve the call; the message has every reason.
@@ -306,7 +327,12 @@ class AttentionBackend(nn.Module, ABC):
                     f"{', '.join(given) or 'segments'}. Prefill each document as a row, padded on "
                     "the left."
                 )
-            return self._cached(q, k, v, kv_cache_manager)
+            return self._cached(q, k, v, kv_cache_manager, cache_leftpad)
+        if cache_leftpad is not None:
+            raise ValueError(
+                "A backend takes cache_leftpad with a KV cache alone. Without one, make the "
+                "padding documents of their own in cu_doc_lens."
+            )
         packed = isinstance(qkv, Tensor)
         if segments is not None:
             if given:
@@ -314,7 +340,7 @@ class AttentionBackend(nn.Module, ABC):
             return self._attend(q, k, v, segments, packed)
         if local_k_slice is not None:
             k, v = (x.flatten(0, 1)[None, local_k_slice] for x in (k, v))
-        return self._attend(q, k, v, fold(q, k, self.window, **lengths), packed)
+        return self._attend(q, k, v, fold(q, k, self._window, **lengths), packed)
 
     def _unpack(self, qkv: Tensor | tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(qkv, Tensor):
@@ -342,7 +368,7 @@ class AttentionBackend(nn.Module, ABC):
         dtype = q.dtype
         if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(q.device.type)
-        if self.window >= 0:
+        if self._window >= 0:
             features = (*features, Feature.window)
         if wants_gradient:
             features = (*features, Feature.backward)
@@ -355,7 +381,7 @@ class AttentionBackend(nn.Module, ABC):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, packed: bool = False
     ) -> Tensor:
-        dropout_p = self.dropout_p if self.training else 0.0
+        dropout_p = self._dropout_p if self.training else 0.0
         wants_gradient = torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad
         )
@@ -368,33 +394,50 @@ class AttentionBackend(nn.Module, ABC):
         kernel = self._kernel(q, wants_gradient, *(f for f, wanted in asked if wanted))
         return attend(q, k, v, segments, scale=self.scale, dropout_p=dropout_p, kernel=kernel)
 
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCacheManager) -> Tensor:
+    def _cached(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KVCacheManager, leftpad: Tensor | None
+    ) -> Tensor:
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise RuntimeError(
                 "A KV cache is for inference: cached keys have no gradient. Call the model under "
                 "torch.no_grad() or torch.inference_mode(), or set kv_cache_manager = None."
             )
-        if self.training and self.dropout_p:
+        if self.training and self._dropout_p:
             raise RuntimeError("A KV cache is for inference: call eval(), which ends dropout.")
-        if q.shape[:2] != k.shape[:2] or q.shape[0] != cache.batch_size:
+        if q.shape[:2] != k.shape[:2]:
             raise ValueError(
-                f"The KV cache was built for a batch of {cache.batch_size} and takes as many keys "
-                f"as queries, got q {tuple(q.shape)} and k {tuple(k.shape)}."
+                "With a KV cache there are as many new keys as queries, got q "
+                f"{tuple(q.shape)} and k {tuple(k.shape)}."
             )
-        n = q.shape[1]
-        q = q.to(cache.dtype)
-        one_query = n == 1 and cache.one_range
-        asked = [Feature.documents, Feature.kv_cache]
-        if cache.has_leftpad:
-            asked.append(Feature.left_padding)
-        kernel = "" if one_query else self._kernel(q, False, *asked)
-        if runs_eagerly(q.device):
-            cache.reserve(n)
-        if one_query:
-            return decode(q, k, v, cache, scale=self.scale)
-        k, v, segments = cache.problem(k, v)
-        with torch.autocast(q.device.type, enabled=False):
-            return attend(q, k, v, segments, scale=self.scale, kernel=kernel)
+        window, scale = self._window, self.scale
+        one_range = q.shape[1] == 1 and cache.sees_one_range(window)
+        cache.check_call(k, window, leftpad)
+        padded = leftpad is not None or cache.has_leftpad
+        if one_range:
+            _ask_for_a_step(self.name or AttentionBackendName.torch, padded, window > 0)
+            out = decode_step(q, k, v, cache, scale=scale, window=window, leftpad=leftpad)
+        else:
+            features = (Feature.documents, Feature.kv_cache, Feature.left_padding)
+            kernel = self._kernel(q.to(cache.dtype), False, *features[: 2 + padded])
+            out = extend(q, k, v, cache, scale=scale, window=window, kernel=kernel, leftpad=leftpad)
+        if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+            return out.to(torch.get_autocast_dtype(q.device.type))
+        return out.to(q.dtype)
+
+
+_SERVED_STEPS: set[tuple[str, bool, bool]] = set()
+"""What rows have been asked and had: they do not change in a process."""
+
+
+@compile_time_constant
+def _ask_for_a_step(row: str, padded: bool, windowed: bool) -> None:
+    """:raises RuntimeError: If a row of the table lacks what one token over a cache needs."""
+    if (row, padded, windowed) in _SERVED_STEPS:
+        return
+    asked = {Feature.kv_cache: True, Feature.left_padding: padded, Feature.window: windowed}
+    if reasons := feature_reasons(CAPABILITIES[row], [f for f, wanted in asked.items() if wanted]):
+        raise RuntimeError(refusal(row, reasons))
+    _SERVED_STEPS.add((row, padded, windowed))
 
 
 class TorchAttentionBackend(AttentionBackend):

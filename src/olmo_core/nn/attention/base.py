@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from olmo_core.config import Config, Registrable
-from olmo_core.nn.lengths import check_leftpad
-from olmo_core.utils import runs_eagerly
+from olmo_core.nn.attention.decoding.cache import DecodingCache
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -20,104 +19,7 @@ if TYPE_CHECKING:
     from olmo_core.nn.buffer_cache import BufferCache
     from olmo_core.nn.init import InitMethod
 
-__all__ = ["DecodingCache", "SequenceMixer", "SequenceMixerConfig"]
-
-
-class DecodingCache(nn.Module, ABC):
-    """What a mixer remembers of the tokens before: keys and values, or a recurrent state.
-
-    While a mixer's ``kv_cache_manager`` is one of these, its ``forward`` appends the tokens that it
-    is given to it. All rows of the batch advance together; rows of different length are padded on
-    the left.
-    """
-
-    batch_size: int
-    max_seq_len: int
-    cache_leftpad: Tensor
-    """Leading padding tokens of each row: ``(batch,)``, int32."""
-    cache_seqlens: Tensor
-    """Tokens of each row so far, left padding included: int32, no dimensions."""
-    host_seqlen: int
-    """The same, counted on the host."""
-    has_leftpad: bool
-
-    @abstractmethod
-    def reset(self) -> None:
-        """Forget everything, and keep the memory."""
-
-    @abstractmethod
-    def rollback(self, n_tokens: int) -> None:
-        """Forget the last ``n_tokens`` tokens of each row, rejected draft tokens for example.
-
-        :raises ValueError: If fewer tokens were stored, or fewer can be restored.
-        """
-
-    def current_position(self) -> Tensor:
-        """The tokens stored so far in each row, left padding included: int32, no dimensions."""
-        return self.cache_seqlens
-
-    def record_leftpad(self, leftpad: Tensor) -> None:
-        """Set how many leading tokens of each row are padding: ``(batch,)``, int32."""
-        self.cache_leftpad.copy_(leftpad)
-        self.has_leftpad = True
-
-    def check_room(self, n_tokens: int) -> None:
-        """:raises RuntimeError: If the next ``n_tokens`` tokens of each row do not fit."""
-        if self.host_seqlen + n_tokens > self.max_seq_len:
-            raise RuntimeError(
-                f"The decoding cache holds {self.host_seqlen} of at most {self.max_seq_len} tokens "
-                f"a row, and {n_tokens} more came. Build it with a larger max_seq_len, or reset() "
-                "it."
-            )
-
-    def reserve(self, n_tokens: int) -> None:
-        """Take room for the next ``n_tokens`` tokens of each row.
-
-        Counts on the host, so it never waits for the device. In eager mode whoever stores tokens
-        calls it; a compiled or captured loop must call it itself before each step.
-
-        :raises RuntimeError: If the cache would overflow.
-        """
-        self.check_room(n_tokens)
-        self.host_seqlen += n_tokens
-
-    def admit(self, x: Tensor, leftpad: Tensor | None, *, needs_grad: bool) -> Tensor | None:
-        """Check a call at the layer's door, before anything is computed or stored.
-
-        :param x: The next tokens, ``(batch, seq, d_model)``.
-        :param leftpad: Their left padding, with the first tokens alone.
-        :param needs_grad: Whether the layer's output would need a gradient.
-        :returns: Which tokens are left padding, ``(batch, seq)`` bool; None if there is none.
-        :raises ValueError: If batch or padding do not fit.
-        :raises TypeError: If the padding is no int32 tensor.
-        :raises RuntimeError: If the tokens do not fit, or gradients are wanted.
-        """
-        if x.shape[0] != self.batch_size:
-            raise ValueError(
-                f"The decoding cache was built for a batch of {self.batch_size}, got "
-                f"{x.shape[0]} rows."
-            )
-        eager = runs_eagerly(x.device)
-        if leftpad is not None:
-            check_leftpad(leftpad, self.batch_size, self.max_seq_len)
-            if eager and self.host_seqlen:
-                raise ValueError(
-                    "cache_leftpad belongs to the first tokens after a reset, and the decoding "
-                    f"cache already holds {self.host_seqlen} tokens a row."
-                )
-        if eager:
-            self.check_room(x.shape[1])
-        if needs_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "A decoding cache is for inference: what it stores has no gradient. Call the model "
-                "under torch.no_grad() or torch.inference_mode(), or set kv_cache_manager = None."
-            )
-        if leftpad is not None:
-            self.record_leftpad(leftpad)
-        if not self.has_leftpad:
-            return None
-        index = torch.arange(x.shape[1], device=x.device) + self.cache_seqlens
-        return index < self.cache_leftpad[:, None]
+__all__ = ["SequenceMixer", "SequenceMixerConfig"]
 
 
 class SequenceMixer(nn.Module, ABC):

@@ -4,13 +4,14 @@ is computed."""
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.base import DecodingCache
+from olmo_core.nn.attention.decoding.cache import DecodingCache
 from olmo_core.nn.attention.segments import Segments
 from olmo_core.nn.lengths import (
     can_be_read,
@@ -52,6 +53,8 @@ class Call(NamedTuple):
     """``(batch, seq)`` bool, True where a token is left padding."""
     rope_buffers: dict[str, Tensor]
     """The rows of the RoPE tables, where the caller brings them."""
+    cache_leftpad: Tensor | None = None
+    """How much left padding comes with the first tokens of a decoding cache, ``(batch,)`` int32."""
 
     @property
     def rope(self) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def read_call(
     weight: Tensor,
     d_model: int,
     cache: DecodingCache | None,
-    wants_gradient: bool,
+    parameters: Iterable[Tensor],
     window: int = -1,
     has_rope: bool = False,
     cu_doc_lens: Tensor | None = None,
@@ -80,7 +83,7 @@ def read_call(
     """Check a call of a mixer, and that its decoding cache, if it has one, has room for it.
 
     :param weight: A parameter of the mixer, for its device and dtype.
-    :param wants_gradient: Whether a parameter of the mixer wants one.
+    :param parameters: The mixer's, none of which may want a gradient with a cache.
     :param window: The backend's, in keys, or -1.
     :param has_rope: Whether the mixer rotates queries and keys.
     :param shard: The keywords that only a context-parallel shard has.
@@ -109,11 +112,10 @@ def read_call(
     if cache_leftpad is not None:
         _check_device(cache_leftpad, x, "cache_leftpad")
     if cache is not None:
-        needs_gradient = wants_gradient or x.requires_grad
-        padding = cache.admit(x, cache_leftpad, needs_grad=needs_gradient)
-        index = torch.arange(tokens, device=x.device) + cache.current_position()
+        padding = cache.admit(x, cache_leftpad, parameters=parameters)
+        index = torch.arange(tokens, device=x.device) + cache.cache_seqlens
         segments = Segments.dense(tokens, tokens, window=window)
-        return Call(segments, index, cache.max_seq_len, padding, {})
+        return Call(segments, index, cache.max_seq_len, padding, {}, cache_leftpad)
 
     positions, padding = None, None
     if cache_leftpad is not None:

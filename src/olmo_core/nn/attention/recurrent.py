@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from olmo_core.config import DType
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
+from olmo_core.nn.attention.decoding.recurrent_cache import RecurrentCache
+from olmo_core.nn.attention.decoding.recurrent_step import advance
 from olmo_core.nn.attention.inputs import check_names, read_call
 from olmo_core.nn.attention.kernels.fla import fla_gated_delta_rule, fla_usable
 from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
 from olmo_core.nn.attention.kernels.gated_delta_rule_triton import unsupported
-from olmo_core.nn.attention.recurrent_cache import RecurrentCache
 from olmo_core.nn.attention.recurrent_sizes import GatedDeltaNetSizes
 from olmo_core.nn.convolution import CausalConv1d
 from olmo_core.nn.functional import compute_dtype
@@ -249,7 +250,7 @@ class GatedDeltaNet(SequenceMixer):
             weight=self.w_out.weight,
             d_model=self.d_model,
             cache=self.kv_cache_manager,
-            wants_gradient=self.w_out.weight.requires_grad,
+            parameters=self.parameters(),
             cu_doc_lens=cu_doc_lens,
             **keywords,
         )
@@ -263,7 +264,12 @@ class GatedDeltaNet(SequenceMixer):
             rule = self.choose_rule(q, v).function
             out, _ = rule(q, k, v, g, beta, cu_doc_lens=cu_doc_lens, normalize_qk=True)
         else:
-            out = self._decode(projected, g, beta, self.kv_cache_manager)
+            cache = self.kv_cache_manager
+            q, k, v = self._convolve(projected, None, cache.past_conv_inputs())
+            out = advance(
+                cache, torch.cat(projected, -1), q, k, v, g, beta,
+                choose_rule=self.choose_rule, leftpad=call.cache_leftpad,
+            )  # fmt: skip
         y: Tensor = self.w_out(self._gated_norm(out, self.w_g(x)))
         return y if padding is None else y.masked_fill(padding.unsqueeze(-1), 0)
 
@@ -306,13 +312,6 @@ class GatedDeltaNet(SequenceMixer):
         )
         q, k = (y.unflatten(-1, (self.n_heads, self.head_k_dim)) for y in (q, k))
         return q, k, v.unflatten(-1, (self.n_v_heads, self.head_v_dim))
-
-    def _decode(
-        self, projected: list[Tensor], g: Tensor, beta: Tensor, cache: RecurrentCache
-    ) -> Tensor:
-        """The rule's output (B, T, HV, V) for tokens that continue the cache's."""
-        q, k, v = self._convolve(projected, None, cache.past_conv_inputs())
-        return cache.advance(torch.cat(projected, -1), q, k, v, g, beta)
 
     def _gated_norm(self, out: Tensor, gate: Tensor) -> Tensor:
         """rms_norm(o) * silu(gate), computed in float32 at least: (B, T, HV * V)."""

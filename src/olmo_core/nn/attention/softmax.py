@@ -17,8 +17,8 @@ from olmo_core.nn.attention.backend import (
     AutoAttentionBackend,
 )
 from olmo_core.nn.attention.base import SequenceMixer
+from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
 from olmo_core.nn.attention.inputs import Call, read_call
-from olmo_core.nn.attention.kv_cache import KVCacheManager
 from olmo_core.nn.init import InitMethod
 from olmo_core.nn.layer_norm import LayerNorm
 from olmo_core.nn.rope import RoPEConfig
@@ -96,27 +96,20 @@ class SoftmaxAttention(SequenceMixer):
             raise OLMoConfigurationError(f"clip_qkv must be positive, got {clip_qkv}.")
         if not 0.0 <= dropout < 1.0:
             raise OLMoConfigurationError(f"dropout must be in [0, 1), got {dropout}.")
-        if softmax_scale is not None and not 0 < softmax_scale < math.inf:
-            raise OLMoConfigurationError(f"softmax_scale must be positive, got {softmax_scale}.")
-        if window_size is not None and (
-            isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1
-        ):
-            raise OLMoConfigurationError(
-                f"window_size must be a positive number of keys, got {window_size!r}. Leave it out "
-                "for full attention."
-            )
+        window = _checked_window(window_size)
+        if softmax_scale is not None:
+            _check_scale(softmax_scale)
         if not dtype.is_floating_point:
             raise OLMoConfigurationError(f"dtype must be a floating dtype, got {dtype}.")
-        self.clip_qkv, self.dropout_p, self.window_size = clip_qkv, dropout, window_size
-        self.softmax_scale = shape.head_dim**-0.5 if softmax_scale is None else softmax_scale
+        self.clip_qkv = clip_qkv
         self.rope = None if rope is None else rope.build(shape.head_dim, cache=cache)
         self.backend: AttentionBackend = _backend_class(backend, use_flash)(
             head_dim=shape.head_dim,
             n_heads=shape.n_heads,
             n_kv_heads=shape.n_kv_heads,
-            scale=self.softmax_scale,
+            scale=softmax_scale,
             dropout_p=dropout,
-            window_size=(-1, -1) if window_size is None else (window_size - 1, 0),
+            window_size=window,
             cache=cache,
             fallback=True,
         )
@@ -124,6 +117,44 @@ class SoftmaxAttention(SequenceMixer):
         self.w_out = nn.Linear(
             shape.n_heads * shape.head_dim, shape.d_model, bias, init_device, dtype
         )
+
+    @property
+    def dropout_p(self) -> float:
+        """Dropout probability of attention weights, in training alone: the backend's. May be set.
+
+        :raises OLMoConfigurationError: If it is set to what is no probability below 1.
+        """
+        return self.backend.dropout_p
+
+    @dropout_p.setter
+    def dropout_p(self, dropout_p: float) -> None:
+        self.backend.dropout_p = dropout_p
+
+    @property
+    def window_size(self) -> int | None:
+        """How many keys a query sees, its own included; None for all: the backend's. May be set,
+        and a decoding cache that is too short for it is refused.
+
+        :raises OLMoConfigurationError: If it is set to what is no positive int.
+        """
+        window = self.backend.window
+        return None if window < 0 else window
+
+    @window_size.setter
+    def window_size(self, window_size: int | None) -> None:
+        self.backend.window_size = _checked_window(window_size)
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor of the scores: the backend's. May be set.
+
+        :raises OLMoConfigurationError: If it is set to what is not positive.
+        """
+        return self.backend.scale
+
+    @softmax_scale.setter
+    def softmax_scale(self, softmax_scale: float) -> None:
+        self.backend.scale = _check_scale(softmax_scale)
 
     def init_kv_cache_manager(
         self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0
@@ -140,11 +171,11 @@ class SoftmaxAttention(SequenceMixer):
         self.kv_cache_manager = KVCacheManager(
             batch_size,
             max_seq_len,
-            self.n_kv_heads,
-            self.head_dim,
+            self.backend.n_kv_heads,
+            self.backend.head_dim,
             self.w_out.weight.device,
             self.w_out.weight.dtype,
-            window=self.window_size or -1,
+            window=self.backend.window,
             max_rollback=max_rollback,
         )
         if self.rope is not None:
@@ -156,7 +187,9 @@ class SoftmaxAttention(SequenceMixer):
 
     def _attend(self, qkv: Tensor | tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
         if self.kv_cache_manager is not None:
-            return self.backend(qkv, kv_cache_manager=self.kv_cache_manager)
+            return self.backend(
+                qkv, kv_cache_manager=self.kv_cache_manager, cache_leftpad=call.cache_leftpad
+            )
         return self.backend(qkv, segments=call.segments)
 
     def _read(self, x: Tensor, **keywords: Any) -> Call:
@@ -168,7 +201,7 @@ class SoftmaxAttention(SequenceMixer):
             window=self.backend.window,
             has_rope=self.rope is not None,
             cache=self.kv_cache_manager,
-            wants_gradient=self.w_out.weight.requires_grad,
+            parameters=self.parameters(),
             **keywords,
         )
 
@@ -224,6 +257,24 @@ class SoftmaxAttention(SequenceMixer):
         weights = sum(linear.weight.numel() for linear in self._linears())
         keys = seq_len if self.window_size is None else min(self.window_size, seq_len)
         return 6 * weights + 12 * self.n_heads * self.head_dim * keys
+
+
+def _checked_window(window_size: int | None) -> tuple[int, int]:
+    """The backend's form of a window of keys."""
+    if window_size is None:
+        return -1, -1
+    if isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1:
+        raise OLMoConfigurationError(
+            f"window_size must be a positive number of keys, got {window_size!r}. Leave it out "
+            "for full attention."
+        )
+    return window_size - 1, 0
+
+
+def _check_scale(softmax_scale: float) -> float:
+    if not 0 < softmax_scale < math.inf:
+        raise OLMoConfigurationError(f"softmax_scale must be positive, got {softmax_scale}.")
+    return softmax_scale
 
 
 def _backend_class(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo_core.nn.attention.base import SequenceMixer
+from olmo_core.nn.attention.decoding.cache import DecodingCache
 from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.functional import compute_dtype, l2_normalize
 from olmo_core.nn.init import trunc_normal_
@@ -174,6 +175,8 @@ class Transformer(nn.Module):
         if cache_leftpad is not None:
             mixer_kwargs["cache_leftpad"] = cache_leftpad
 
+        if not torch.compiler.is_compiling():  # where counts would be constants of the graph
+            self._check_caches_agree()
         x = self.embeddings(input_ids)
         for block in self.blocks:
             x = block(x, **mixer_kwargs)
@@ -265,22 +268,27 @@ class Transformer(nn.Module):
 
         :raises RuntimeError: without a cache, as :meth:`rollback`.
         """
-        for mixer in self._decoding_mixers():
-            mixer.kv_cache_manager.reset()  # type: ignore[union-attr]
+        for cache in self._caches():
+            cache.reset()
 
     def rollback(self, n_tokens: int) -> None:
         """Forget the last ``n_tokens`` of each row, rejected draft tokens for example.
 
+        All layers do, or none.
+
         :raises ValueError: if that is more than ``max_rollback``, or than was given.
         """
-        mixers = self._decoding_mixers()
+        caches = self._caches()
         if not 0 <= n_tokens <= self.max_rollback:
             raise ValueError(
                 f"cannot forget {n_tokens} tokens: the caches were made for at most "
                 f"{self.max_rollback}. Call init_kv_cache with a larger max_rollback."
             )
-        for mixer in mixers:
-            mixer.kv_cache_manager.rollback(n_tokens)  # type: ignore[union-attr]
+        self._check_caches_agree()
+        for cache in caches:
+            cache.check_rollback(n_tokens)
+        for cache in caches:
+            cache.rollback(n_tokens)
 
     def drop_kv_cache(self) -> None:
         """Leave decoding and free the memory."""
@@ -301,11 +309,23 @@ class Transformer(nn.Module):
     def _blocks(self) -> list[TransformerBlock | NormalizedTransformerBlock]:
         return cast("list[TransformerBlock | NormalizedTransformerBlock]", list(self.blocks))
 
-    def _decoding_mixers(self) -> list[SequenceMixer]:
-        mixers = self.mixers
-        if any(mixer.kv_cache_manager is None for mixer in mixers):
+    def _caches(self) -> list[DecodingCache]:
+        caches = [mixer.kv_cache_manager for mixer in self.mixers]
+        made = [cache for cache in caches if cache is not None]
+        if len(made) < len(caches):
             raise RuntimeError("there is no decoding cache: call init_kv_cache first")
-        return mixers
+        return made
+
+    def _check_caches_agree(self) -> None:
+        """A call that failed between two layers has advanced the first one's cache alone."""
+        caches = [mixer.kv_cache_manager for mixer in self.mixers]
+        held = [None if cache is None else cache.host_seqlen for cache in caches]
+        if len(set(held)) > 1:
+            raise RuntimeError(
+                f"the layers' decoding caches hold different numbers of tokens, {held}: an earlier "
+                "call failed between two layers, or some layers have no cache. Call "
+                "reset_kv_cache or init_kv_cache and start anew."
+            )
 
 
 def _check_ids(name: str, ids: Tensor) -> None:

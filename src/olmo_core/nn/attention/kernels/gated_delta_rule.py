@@ -133,8 +133,9 @@ def gated_delta_rule_step_(
     # q reads the new state: the decayed one plus outer(k, update).
     query, key = qk.unbind(2)
     out = read[:, :, 0] + (query * key).sum(-1, keepdim=True) * update
-    state.mul_(decay).addcmul_(key.unsqueeze(-1), update.unsqueeze(-2))
-    return (out * (key_dim**-0.5 if scale is None else scale)).to(v.dtype), update
+    out = (out * (key_dim**-0.5 if scale is None else scale)).to(v.dtype)
+    state.mul_(decay).addcmul_(key.unsqueeze(-1), update.unsqueeze(-2))  # last: nothing may fail
+    return out, update
 
 
 def normalize(x: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.decode import decode as decode_step
-from olmo_core.nn.attention.kernels import decode_triton
-from olmo_core.nn.attention.kernels.decode_triton import decode, n_splits, unsupported
-from olmo_core.nn.attention.kv_cache import KVCacheManager
+from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
+from olmo_core.nn.attention.decoding.step import decode_step
+from olmo_core.nn.attention.kernels.decode import triton_split_kv
+from olmo_core.nn.attention.kernels.decode.triton_split_kv import n_splits, split_kv, unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = unsupported(*(torch.empty(1, 1, 1, 16, device=DEVICE),) * 2)
@@ -94,7 +94,7 @@ def test_decode_is_the_definition(
 ) -> None:  # fmt: skip
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter has no bf16 products")
-    monkeypatch.setattr(decode_triton, "n_splits", lambda *_: splits)
+    monkeypatch.setattr(triton_split_kv, "n_splits", lambda *_: splits)
     position, is_ring = 130, slots == window
     leftpad = torch.tensor([131, 0, 17, 130, 129], dtype=torch.int32, device=DEVICE)
     q = torch.randn(5, 1, heads, dim, dtype=dtype, device=DEVICE)
@@ -102,7 +102,7 @@ def test_decode_is_the_definition(
     k_cache, v_cache = (cache_before(x, position, leftpad, slots, is_ring) for x in (keys, values))
     seqlen = torch.tensor(position, dtype=torch.int32, device=DEVICE)
     k, v = keys[:, -1:], values[:, -1:]
-    got = decode(
+    got = split_kv(
         q, k, v, k_cache, v_cache, seqlen, leftpad,
         scale=0.3, window=window, is_ring=is_ring, store=store,
     )  # fmt: skip
@@ -124,7 +124,7 @@ def test_decode_is_the_definition(
 
 @needs_kernel
 @pytest.mark.parametrize(("window", "rollback"), [(-1, 0), (4, 0), (13, 6), (40, 0)])
-@pytest.mark.parametrize("leftpad", [None, (0, 5, 19)])
+@pytest.mark.parametrize("leftpad", [None, (0, 5, 18)])
 def test_a_cache_fills_as_without_triton(
     window: int, rollback: int, leftpad: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,14 +133,16 @@ def test_a_cache_fills_as_without_triton(
     answers, stored = [], []
     for with_triton in (True, False):
         if not with_triton:
-            monkeypatch.setattr(decode_triton, "unsupported", lambda *_: "not now")
+            monkeypatch.setattr(triton_split_kv, "unsupported", lambda *_: "not now")
         cache = KVCacheManager(
             3, 18, 2, 16, DEVICE, torch.float32, window=window, max_rollback=rollback
         )
         if leftpad is not None:
             cache.record_leftpad(torch.tensor(leftpad, dtype=torch.int32, device=DEVICE))
         steps = [
-            decode_step(q[:, t, None], k[:, t, None], v[:, t, None], cache, scale=0.3)
+            decode_step(
+                q[:, t, None], k[:, t, None], v[:, t, None], cache, scale=0.3, window=window
+            )
             for t in range(18)
         ]
         answers.append(torch.cat(steps, dim=1))
@@ -157,7 +159,7 @@ def test_a_token_without_a_slot_is_loud_and_harmless(
     splits: int, position: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replayed CUDA graph can't raise."""
-    monkeypatch.setattr(decode_triton, "n_splits", lambda *_: splits)
+    monkeypatch.setattr(triton_split_kv, "n_splits", lambda *_: splits)
     memory = torch.randn(2, 3, 40, 2, 16, device=DEVICE)
     k_cache, v_cache = memory[:, :, :20]
     before = memory.clone()
@@ -165,7 +167,7 @@ def test_a_token_without_a_slot_is_loud_and_harmless(
     seqlen, leftpad = (
         torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (position, [0, 4, 20])
     )
-    out = decode(q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.3, store=True)
+    out = split_kv(q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.3, store=True)
     assert out.isnan().all()
     assert torch.equal(memory, before)
 
@@ -187,11 +189,11 @@ def test_one_graph_serves_all_lengths() -> None:
     q = torch.randn(2, 1, 8, 64, dtype=torch.bfloat16, device=DEVICE)
     k_cache, v_cache = torch.randn(2, 2, 1000, 2, 64, dtype=torch.bfloat16, device=DEVICE)
     k, v = torch.randn(2, 2, 1, 2, 64, dtype=torch.bfloat16, device=DEVICE)
-    decode(q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.125)
+    split_kv(q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.125)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode(q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.125, store=True)
+        out = split_kv(q, k, v, k_cache, v_cache, seqlen, leftpad, scale=0.125, store=True)
     for position in (900, 0, 333, 999):
         seqlen.fill_(position)
         graph.replay()
@@ -216,7 +218,8 @@ def test_a_compiled_step_stores_too(window: int) -> None:
         cache.k_cache, cache.v_cache = torch.zeros(2, *cache.k_cache.shape).to(cache.k_cache)
         cache.record_leftpad(torch.tensor([0, 3], dtype=torch.int32, device=DEVICE))
         outs = [
-            step(q[:, t, None], k[:, t, None], v[:, t, None], cache, scale=0.3) for t in range(12)
+            step(q[:, t, None], k[:, t, None], v[:, t, None], cache, scale=0.3, window=window)
+            for t in range(12)
         ]
         steps.append(torch.cat(outs, dim=1))
         stored.append(torch.stack([cache.k_cache, cache.v_cache]))
@@ -226,9 +229,9 @@ def test_a_compiled_step_stores_too(window: int) -> None:
 
 def test_unsupported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = torch.ones(1, 1, 4, 32), torch.ones(1, 9, 2, 32)
-    monkeypatch.setattr(decode_triton, "triton_refusal", lambda x: f"not on {x.device.type}")
+    monkeypatch.setattr(triton_split_kv, "triton_refusal", lambda x: f"not on {x.device.type}")
     assert "not on cpu" in str(unsupported(q, k))
-    monkeypatch.setattr(decode_triton, "triton_refusal", lambda x: None)
+    monkeypatch.setattr(triton_split_kv, "triton_refusal", lambda x: None)
     assert unsupported(q, k) is None
     assert "share a dtype" in str(unsupported(q, k.half()))
     assert "at most 256, not 512" in str(

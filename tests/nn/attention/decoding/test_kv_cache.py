@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from nn.attention.reference import relative
 from nn.attention.test_attention import LAYERS, each_layer
-from olmo_core.nn.attention import TorchAttentionBackend
+from olmo_core.nn.attention import TorchAttentionBackend, backend, selection
+from olmo_core.nn.attention.capabilities import CAPABILITIES
+from olmo_core.nn.attention.kernels import softmax as kernels
+from olmo_core.nn.attention.kernels.softmax import Feature
 from olmo_core.nn.attention.kv_cache import KVCacheManager
 
 
@@ -237,3 +242,184 @@ def test_bad_calls() -> None:
         windowed(x)
     with pytest.raises(ValueError, match="at most 0 tokens"):
         windowed.kv_cache_manager.rollback(1)
+
+
+def by_hand(layer: Any, **options: Any) -> KVCacheManager:
+    """A cache that does not know the layer's window, or another one."""
+    return KVCacheManager(2, 14, 2, 4, dtype=torch.float64, **options)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("of_cache", [-1, 4, 6, 40])
+def test_the_window_that_counts_is_the_layers(window: int | None, of_cache: int) -> None:
+    layer = LAYERS["attention"](window_size=window, dtype=torch.float64).eval()
+    x = torch.randn(2, 14, 16, dtype=torch.float64)
+    with torch.no_grad():
+        want = layer(x)
+        layer.kv_cache_manager = by_hand(layer, window=of_cache)
+        if window is None and 0 < of_cache < 14:
+            for n in (1, 3):
+                with pytest.raises(ValueError, match="see all keys, and this KV cache was built"):
+                    layer(x[:, :n])
+            return
+        got = [layer(x[:, :5]), *(layer(x[:, t, None]) for t in range(5, 9)), layer(x[:, 9:])]
+    torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-12, rtol=1e-10)
+
+
+def test_a_ring_that_is_too_short_for_the_window_and_its_rollback_raises() -> None:
+    layer = LAYERS["attention"](window_size=5, dtype=torch.float64).eval()
+    x = torch.randn(2, 14, 16, dtype=torch.float64)
+    layer.kv_cache_manager = by_hand(layer, window=3, max_rollback=2)  # 5 slots
+    for n in (1, 3):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"see 5 keys.*window of 3"):
+            layer(x[:, :n])
+    assert layer.kv_cache_manager.host_seqlen == 0
+
+
+def test_a_window_set_after_build_counts_with_a_cache_too() -> None:
+    layer = LAYERS["attention"](window_size=6, dtype=torch.float64).eval()
+    x = torch.randn(2, 14, 16, dtype=torch.float64)
+    with torch.no_grad():
+        layer.init_kv_cache_manager(2, 14)
+        layer.window_size = 2
+        want = LAYERS["attention"](window_size=2, dtype=torch.float64)
+        want.load_state_dict(layer.state_dict())
+        got = [layer(x[:, :5]), *(layer(x[:, t, None]) for t in range(5, 14))]
+        torch.testing.assert_close(torch.cat(got, 1), want.eval()(x), atol=1e-12, rtol=1e-10)
+        for window in (7, None):
+            layer.window_size = window
+            layer.kv_cache_manager.reset()
+            with pytest.raises(ValueError, match="was built for a window of 6"):
+                layer(x[:, :1])
+
+
+def test_a_cache_built_by_hand_must_fit() -> None:
+    layer = LAYERS["attention"](dtype=torch.float64).eval()
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    for heads, dim in ((1, 4), (2, 8)):
+        layer.kv_cache_manager = KVCacheManager(2, 8, heads, dim, dtype=torch.float64)
+        with torch.no_grad(), pytest.raises(ValueError, match=f"keys of {heads} heads x {dim}"):
+            layer(x)
+    for sizes in ((True, 8), (2, 1.0)):
+        with pytest.raises(ValueError, match="room for a row"):
+            KVCacheManager(*sizes, 2, 4)
+    with pytest.raises(ValueError, match="positive number of keys, or -1, got 0"):
+        KVCacheManager(2, 8, 2, 4, window=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_cache_of_another_dtype_gives_the_layers(dtype: torch.dtype) -> None:
+    layer = LAYERS["attention"]().eval()
+    layer.kv_cache_manager = KVCacheManager(2, 8, 2, 4, dtype=dtype)
+    x = torch.randn(2, 8, 16)
+    with torch.no_grad():
+        got = [layer(x[:, :5]), *(layer(x[:, t, None]) for t in range(5, 8))]
+        layer.kv_cache_manager = None
+        assert relative(torch.cat(got, 1), layer(x)) < 1e-2
+    assert got[0].dtype == got[-1].dtype == torch.float32
+
+
+class Spy:
+    """The torch kernel, under another name's eyes."""
+
+    name = "torch"
+
+    def __init__(self, kernel: Any):
+        self.kernel, self.dtypes = kernel, []
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.dtypes.append({x.dtype for x in (q, k, v)})
+        return self.kernel.forward(q, k, v, *args, **kwargs)
+
+
+@pytest.mark.parametrize("of_cache", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_picks_a_kernel_for_what_it_is_handed(
+    of_cache: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bf16 kernel was chosen and given float32, which flash-attention refuses."""
+    layer = LAYERS["attention"]().eval()
+    x = torch.randn(2, 12, 16)
+    asked: list[torch.dtype] = []
+    spy = Spy(kernels.get_kernel("torch"))
+    choose = backend.kernel_for
+
+    def kernel_for(name: Any, device: str, dtype: torch.dtype, *args: Any) -> str:
+        asked.append(dtype)
+        return choose(name, device, dtype, *args)
+
+    monkeypatch.setattr(backend, "kernel_for", kernel_for)
+    monkeypatch.setitem(kernels._KERNELS, "torch", spy)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        want = layer(x)
+        layer.kv_cache_manager = KVCacheManager(2, 12, 2, 4, dtype=of_cache)
+        out = [layer(x[:, :5]), layer(x[:, 5:8]), *(layer(x[:, t, None]) for t in range(8, 12))]
+    wide = torch.float64 if of_cache == torch.float64 else torch.bfloat16
+    assert asked == [torch.bfloat16, wide, wide] and spy.dtypes == [{d} for d in asked]
+    assert {y.dtype for y in out} == {torch.bfloat16}
+    assert relative(torch.cat(out, 1).double(), want.double()) < 1e-2
+
+
+def test_asking_for_the_problem_changes_nothing() -> None:
+    cache = KVCacheManager(2, 12, 1, 4, window=3)
+    k, v = torch.randn(2, 2, 4, 1, 4)
+    for store in (False, True, False):
+        before = [buffer.clone() for buffer in cache.buffers()]
+        keys, _, segments = cache.problem(k, v, 3)
+        assert keys.shape[1] == 2 * (2 + 4) and segments.window == 3
+        assert all(torch.equal(a, b) for a, b in zip(before, cache.buffers()))
+        if store:
+            cache.append(k, v)
+            cache.update_seqlen(4)
+    assert cache.host_seqlen == cache.cache_seqlens == 4
+
+
+@pytest.mark.parametrize("feature", ["kv_cache", "left_padding", "window"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_what_the_row_lacks_is_refused(
+    feature: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = CAPABILITIES["torch"]
+    row = dataclasses.replace(row, missing={**row.missing, Feature(feature): "says the test"})
+    for module in (backend, selection):
+        monkeypatch.setattr(module, "CAPABILITIES", {**CAPABILITIES, "torch": row})
+    monkeypatch.setattr(selection, "_CHOSEN", {})
+    monkeypatch.setattr(backend, "_SERVED_STEPS", set())
+    layer = LAYERS["attention"](backend="torch", window_size=8).eval()
+    layer.backend.fallback = False
+    layer.kv_cache_manager = KVCacheManager(1, 8, 2, 4, dtype=torch.float32)
+    pad = torch.tensor([1], dtype=torch.int32)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"no {feature}: says the test"):
+        layer(torch.randn(1, n, 16), cache_leftpad=pad)
+    assert not layer.kv_cache_manager.k_cache.any()
+
+
+def test_padding_of_a_backend_alone() -> None:
+    alone = TorchAttentionBackend(head_dim=4, n_heads=2)
+    q, k, v = (torch.randn(2, 7, 2, 4, dtype=torch.float64) for _ in range(3))
+    cache = KVCacheManager(2, 7, 2, 4, dtype=torch.float64)
+    pad = torch.tensor([0, 3], dtype=torch.int32)
+    first = tuple(x[:, :4] for x in (q, k, v))
+    out = [alone(first, kv_cache_manager=cache, cache_leftpad=pad)]
+    out += [
+        alone(tuple(x[:, t, None] for x in (q, k, v)), kv_cache_manager=cache) for t in range(4, 7)
+    ]
+    want = alone(tuple(x[1:, 3:] for x in (q, k, v)))
+    assert relative(torch.cat(out, 1)[1:, 3:], want) < 1e-12
+    with pytest.raises(ValueError, match="with a KV cache alone"):
+        alone((q, k, v), cache_leftpad=pad)
+    with pytest.raises(ValueError, match="first tokens after a reset"):
+        alone(first, kv_cache_manager=cache, cache_leftpad=pad)
+
+
+def test_memory_that_can_not_be_had_leaves_the_old() -> None:
+    cache = KVCacheManager(2, 8, 2, 4, dtype=torch.float32)
+    cache.append(*torch.ones(2, 2, 3, 2, 4))
+    cache.update_seqlen(3)
+    with pytest.raises(ValueError, match="room for a row"):
+        cache.reallocate(0, 8)
+    assert cache.host_seqlen == cache.cache_seqlens == 3 and cache.k_cache[:, :3].all()
+    cache.reset(3, 9)
+    assert cache.host_seqlen == cache.cache_seqlens == cache.restorable == 0
+    assert cache.slots == 9 and not cache.is_ring
+    with pytest.raises(RuntimeError, match="0 of at most 9"):
+        cache.update_seqlen(10)

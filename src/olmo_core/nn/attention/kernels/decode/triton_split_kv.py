@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.decode.slots import store as store_token
 from olmo_core.nn.attention.kernels.rows import rows
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors, triton_refusal
-from olmo_core.nn.dispatch import on_its_device, register_inference
+from olmo_core.nn.dispatch import is_observed, on_its_device, register_inference
 
-__all__ = ["decode", "unsupported"]
+__all__ = ["decode", "split_kv", "unsupported"]
 
 _MAX_GROUP = 128  # query heads of a kv head
 _MAX_HEAD_DIM = 256
@@ -54,6 +55,31 @@ def unsupported(q: Tensor, k_cache: Tensor) -> str | None:
 
 
 def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlen: Tensor,
+    leftpad: Tensor,
+    *,
+    padded: bool,
+    scale: float,
+    window: int = -1,
+    is_ring: bool = False,
+) -> Tensor:
+    """See :class:`.DecodeKernel`. Where somebody must see it, torch's own ops store the token."""
+    seen = is_observed((q, k, v))
+    out = split_kv(
+        q, k, v, k_cache, v_cache, seqlen, leftpad,
+        scale=scale, window=window, is_ring=is_ring, store=not seen,
+    )  # fmt: skip
+    if seen:
+        store_token(k_cache, v_cache, k, v, seqlen, leftpad if padded else None, is_ring=is_ring)
+    return out
+
+
+def split_kv(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -120,7 +146,7 @@ def _decode(
     is_ring: bool,
     store: bool = False,
 ) -> Tensor:
-    from olmo_core.nn.attention.kernels.decode_triton_kernels import launch
+    from olmo_core.nn.attention.kernels.decode.triton_split_kv_kernels import launch
 
     assert k_cache.stride(-1) == v_cache.stride(-1) == 1
     q, k, v = rows(q, k, v)

@@ -1,4 +1,4 @@
-"""The Triton kernels of :mod:`.decode_triton`."""
+"""The Triton kernels of :mod:`.triton_split_kv`."""
 
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
 from __future__ import annotations
@@ -144,7 +144,7 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seqlen: Tensor,
     leftpad: Tensor, scale: float, window: int, is_ring: bool, store: bool, splits: int,
 ) -> Tensor:  # fmt: skip
-    """See :func:`.decode_triton.decode`; ``splits`` is the number of shares."""
+    """See :func:`.triton_split_kv.split_kv`; ``splits`` is the number of shares."""
     batch, _, heads, dim = q.shape
     slots, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from olmo_core.nn.attention.decoding.recurrent_cache import RecurrentCache, replay
 from olmo_core.nn.attention.recurrent import GatedDeltaNet
-from olmo_core.nn.attention.recurrent_cache import RecurrentCache, replay
 
 D_MODEL = 16
 TOKENS = 50
@@ -258,3 +258,46 @@ def test_gradients_are_refused_rather_than_cut() -> None:
     with pytest.raises(RuntimeError, match="for inference"):
         layer(torch.randn(1, 3, 16, requires_grad=True))
     assert layer.kv_cache_manager is not None and layer.kv_cache_manager.host_seqlen == 0
+
+
+@pytest.mark.parametrize("max_rollback", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_stay_float32_where_the_layer_does_not(
+    dtype: torch.dtype, max_rollback: int
+) -> None:
+    """Rounded, the state would lose what a layer of that dtype keeps from its start."""
+    layer = build(torch.float32)
+    x = tokens().float()
+    layer.init_kv_cache_manager(2, TOKENS, max_rollback=max_rollback)
+    layer(x[:, :30])
+    cache = cache_of(layer)
+    before = {name: buffer.clone() for name, buffer in cache.named_buffers()}
+    layer.to(dtype)
+    for name, buffer in cache.named_buffers():
+        if name == "conv_inputs":
+            assert buffer.dtype == dtype
+        else:
+            assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name])
+    got = torch.cat([layer(piece) for piece in x[:, 30:].to(dtype).split([5, *[1] * 15], 1)], 1)
+    cache.rollback(max_rollback)
+    if max_rollback:
+        got = torch.cat([got[:, :-3], layer(x[:, -3:].to(dtype))], 1)
+    want = _uncached(build(torch.float32).to(dtype).double(), x.double())[:, 30:]
+    plain = _uncached(build(torch.float32).to(dtype), x.to(dtype))[:, 30:]
+    error, bound = ((y.double() - want).norm() / want.norm() for y in (got, plain))
+    assert error < 1.5 * bound
+    layer.double()
+    assert cache.state.dtype == cache.conv_inputs.dtype == torch.float64
+
+
+def test_a_cache_built_by_hand_must_fit() -> None:
+    layer = build()
+    for sizes in ({"n_v_heads": 2}, {"head_v_dim": 4}):
+        sizes = {
+            "conv_channels": 48, "conv_size": 4, "n_heads": 2, "n_v_heads": 4, "head_k_dim": 4,
+            "head_v_dim": 8, **sizes,
+        }  # fmt: skip
+        layer.kv_cache_manager = RecurrentCache(2, 8, dtype=torch.float64, **sizes)
+        with pytest.raises(ValueError, match="built for 48 channels"):
+            layer(tokens()[:, :1])
+        assert cache_of(layer).host_seqlen == 0

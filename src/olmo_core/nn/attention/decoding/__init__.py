@@ -1,0 +1,1 @@
+"""Caches, which hold state alone, and the layers' steps over them."""
