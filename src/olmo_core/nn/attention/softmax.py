@@ -110,6 +110,8 @@ class SoftmaxAttention(SequenceMixer):
             raise OLMoConfigurationError(f"dtype must be a floating dtype, got {dtype}.")
         self.clip_qkv, self.dropout_p, self.window_size = clip_qkv, dropout, window_size
         self.softmax_scale = shape.head_dim**-0.5 if softmax_scale is None else softmax_scale
+        if rope is not None and rope.no_global_rope and window_size is None:
+            rope = None
         self.rope = None if rope is None else rope.build(shape.head_dim, cache=cache)
         self.backend: AttentionBackend = _backend_class(backend, use_flash)(
             head_dim=shape.head_dim,
