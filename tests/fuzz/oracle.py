@@ -83,8 +83,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: flo
     """One head, (n, d) each. A query sees the last ``window`` keys, its own included."""
     age = torch.arange(len(q))[:, None] - torch.arange(len(k))
     seen = (age >= 0) & (age < window)
-    scores = torch.where(seen, wide(q) @ wide(k).T * scale, -math.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+    scores = torch.where(seen, q @ k.T * scale, -math.inf)
+    return scores.softmax(-1) @ v
 
 
 def norm(spec: Spec, p: Params, name: str, x: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def gated_delta_net(spec: Spec, p: Params, x: Tensor, position: Tensor) -> Tenso
         error = v[t] - torch.einsum("hkv,hk->hv", state, k[t])
         state = state + torch.einsum("hk,hv->hkv", k[t], beta[t, :, None] * error)
         outputs.append(torch.einsum("hkv,hk->hv", state, q[t]))
-    o = torch.stack(outputs)
+    o = wide(torch.stack(outputs).to(x.dtype))
     o = o / (o.square().mean(-1, keepdim=True) + spec.get("norm_eps", 1e-5)).sqrt()
     gate = wide(linear(p, "w_g", x)).view(o.shape)
     y = o * p["o_norm.weight"].to(o.dtype) * F.silu(gate)

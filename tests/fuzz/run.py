@@ -31,7 +31,7 @@ __all__ = ["check", "check_seed"]
 
 TIMES_REFERENCE = 4
 """How many times the reference's own error a result may be off by."""
-FLOOR = {"float64": 1e-11, "float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
+FLOOR = {"float64": 1e-10, "float32": 5e-6, "float16": 1e-3, "bfloat16": 8e-3}
 """What it may be off by at least, relative to the norm of the output, or of all gradients."""
 
 
@@ -100,6 +100,12 @@ def build(case: Case, draws: Draws) -> Stack:
                 p.copy_(3 + values)
             else:
                 p.copy_(0.5 * values)
+        for layer in stack.layers if case.dtype != "float64" else ():
+            if hasattr(layer, "k_conv1d"):
+                # The first token's output is (q k) v, normalised: where q k is nearly 0, its sign,
+                # and so everything after it, would be a matter of rounding.
+                layer.w_k.weight += 2 * layer.w_q.weight
+                layer.k_conv1d.weight += 2 * layer.q_conv1d.weight
     if case.frozen:
         for p in list(stack.parameters())[::2]:
             p.requires_grad_(False)
@@ -250,7 +256,7 @@ def by_oracle(case: Case, stack: Stack, inputs: dict[str, Tensor], dtype: torch.
         out = out.index_copy(0, rows, y)
     # A gradient for each parameter, even where all tokens are padding.
     out = out + sum(t.sum() for t in inputs.values()).to(dtype) * 0
-    return out.view(batch, seq_len, -1)
+    return out.view(inputs["x"].shape)
 
 
 def sequences(case: Case, batch: int, seq_len: int) -> Iterator[tuple[int, int]]:
