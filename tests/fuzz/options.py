@@ -83,14 +83,16 @@ def draw(seed: int, compiler: str | None = None) -> Case:
     layers = tuple(_layer(r, d_model) for _ in range(depth))
     case = Case(seed, layers, d_model, r.randint(1, 3), _length(r), compiler=compiler)
     dtype = r.choice(("float64", "float64", "float64", "float32", "float32", "bfloat16", "float16"))
+    autocast = dtype in ("float32", "bfloat16") and r.random() < 0.4
     case = dataclasses.replace(
         case,
         dtype=dtype,
-        autocast=dtype in ("float32", "bfloat16") and r.random() < 0.4,
+        autocast=autocast,
         # A config has no softmax_scale.
         via_config=r.random() < 0.3 and not any("softmax_scale" in s for s in layers),
         strided=r.random() < 0.3,
-        extreme=r.random() < 0.15,
+        # In half precision nothing would be left but rounding.
+        extreme=dtype in ("float64", "float32") and not autocast and r.random() < 0.2,
     )
     if r.random() < (0.15 if compiler else 0.35):
         return _with_cache(r, case)
