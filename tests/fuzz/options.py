@@ -98,7 +98,8 @@ def draw(seed: int, compiler: str | None = None) -> Case:
         return _with_cache(r, case)
     case = dataclasses.replace(
         case,
-        inference=r.random() < 0.2,
+        # The gradients of deep float16 stacks overflow.
+        inference=r.random() < 0.2 or (dtype == "float16" and len(layers) > 1),
         checkpoint=r.random() < 0.2,
         frozen=r.random() < 0.2,
         sum_loss=r.random() < 0.2,

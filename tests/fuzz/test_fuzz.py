@@ -22,7 +22,6 @@ def _compiled_tables(case: Case) -> bool:
 
 
 KNOWN: dict[str, Callable[[Case], bool]] = {
-    "lengths are remembered by identity and version": lambda case: case.refilled,
     "a strided cu_doc_lens warns": lambda case: case.strided and case.documents is not None,
     "a prompt that is rolled back leaves its left padding behind": lambda case: (
         case.before is not None and case.before[0] == "rollback"
@@ -47,6 +46,8 @@ def test_case(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(300, 3000))
-def test_more(seed: int) -> None:
-    run(seed, "inductor" if seed % 27 == 3 else None)
+@pytest.mark.parametrize("first", range(300, 3000, 27))
+def test_more(first: int) -> None:
+    run(first, "inductor")
+    for seed in range(first + 1, first + 27):
+        run(seed)
