@@ -187,7 +187,7 @@ def gated_delta_net(spec: Spec, p: Params, x: Tensor, position: Tensor) -> Tenso
 
 
 def convolve(p: Params, name: str, x: Tensor) -> Tensor:
-    """SiLU of a causal depthwise convolution of x (n, channels); the last tap is the token's own."""
+    """SiLU of a causal depthwise convolution of x (n, channels); the last tap is its own token."""
     taps = wide(p[f"{name}.weight"].to(x.dtype))[:, 0].unbind(-1)
     y = sum(wide(F.pad(x, (0, 0, lag, 0))[: len(x)]) * tap for lag, tap in enumerate(taps[::-1]))
     if f"{name}.bias" in p:

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz import oracle
-from fuzz.options import Case, draw, simpler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fuzz import oracle
+from fuzz.options import Case, draw, simpler
 from olmo_core.config import DType
 from olmo_core.nn import attention
 from olmo_core.nn.attention import AttentionConfig, GateConfig, GatedDeltaNetConfig
