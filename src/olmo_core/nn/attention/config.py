@@ -180,18 +180,14 @@ class AttentionConfig(SequenceMixerConfig[SequenceMixer]):
                 window = self.sliding_window.get_window_size(layer_idx, n_layers)
             elif layer_idx == 0:
                 self.sliding_window._warn_without_effect(n_layers)
-        rope = self.rope
-        if rope is not None and rope.no_global_rope and window is None:
-            rope = None
-
         options: dict[str, Any] = {
             name: getattr(self, name)
             for name in (
-                "n_heads", "n_kv_heads", "head_dim", "bias", "gate", "clip_qkv", "qk_norm",
+                "n_heads", "n_kv_heads", "head_dim", "bias", "gate", "rope", "clip_qkv", "qk_norm",
                 "dropout", "use_flash", "backend", "use_head_qk_norm",
             )
         }  # fmt: skip
-        options |= {"rope": rope, "window_size": window}
+        options["window_size"] = window
         options = {name: value for name, value in options.items() if value is not None}
         match AttentionType(self.name):
             case AttentionType.default:
