@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from olmo_core.cli.tables import named
 from olmo_core.data import EOD, decode
 from olmo_core.nn.transformer import generate
+from olmo_core.train.folder import METRICS, PLOT
 from olmo_core.train.metrics import Row, read_metrics
 from olmo_core.train.plot import plot_losses
 from olmo_core.train.trainer import Summary, Trainer
@@ -76,6 +78,8 @@ def print_header(trainer: Trainer, console: Console) -> None:
         f"{trainer.device}",
     )
     table.add_row("text", data.path or "the embedded corpus: Shakespeare's plays")
+    if trainer.skipped:
+        table.add_row("skipped", _names(trainer.skipped))
     table.add_row(
         "tokens",
         f"{trainer.data.num_tokens:,} to train on, {trainer.held_out.num_tokens:,} held out",
@@ -114,10 +118,11 @@ def print_summary(
             f"{summary.bigram:.3f}",
         )
     table.add_row("checkpoint", str(summary.checkpoint))
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = read_metrics(run / METRICS)
     if any("held_out" in row for row in rows):
-        plot = run / "loss.png"
-        drawn = plot_losses(rows, summary.bigram, plot, f"{run.name}: loss")
+        plot = run / PLOT
+        with named(plot):
+            drawn = plot_losses(rows, summary.bigram, plot, f"{run.name}: loss")
         table.add_row("plot", str(plot) if drawn else "pip install 'olmo-attention[plot]' draws it")
     console.print(table, soft_wrap=True)
 
@@ -134,8 +139,14 @@ def print_sample(trainer: Trainer, tokens: int, console: Console) -> None:
         end_token=EOD,
     )
     console.rule("a sample", align="left")
-    console.print(decode(token for (token,) in steps if token is not None), markup=False)
+    console.print(decode(token for (token,) in steps if token is not None))
     console.rule()
+
+
+def _names(files: list[Path]) -> str:
+    names = ", ".join(file.name for file in files[:5])
+    more = f" and {len(files) - 5:,} more" if len(files) > 5 else ""
+    return f"{names}{more}: not text, by their names"
 
 
 def _table() -> Table:
