@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from olmo_core.cli.tables import file_option
+from olmo_core.cli.tables import path_of
 from olmo_core.exceptions import OLMoConfigurationError
 
 if TYPE_CHECKING:
@@ -60,13 +60,16 @@ def command(
     json_file: Annotated[
         Path | None,
         typer.Option(
-            "--json", metavar="FILE", parser=file_option, help="Write every number to a file."
+            "--json", metavar="FILE", parser=path_of("--json"), help="Write every number to a file."
         ),
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
-            "--plot", metavar="FILE", parser=file_option, help="Draw a PNG (needs matplotlib)."
+            "--plot",
+            metavar="FILE",
+            parser=path_of("--plot"),
+            help="Draw a PNG (needs matplotlib).",
         ),
     ] = None,
 ) -> None:

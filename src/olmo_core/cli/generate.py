@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from olmo_core.cli.streams import read_stdin
-from olmo_core.cli.tables import file_option
+from olmo_core.cli.tables import path_of
 from olmo_core.exceptions import OLMoConfigurationError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def command(
             "--checkpoint",
             "-c",
             metavar="FOLDER",
-            parser=file_option,
+            parser=path_of("--checkpoint"),
             help="A run's folder, or one step-* folder in it.",
         ),
     ],

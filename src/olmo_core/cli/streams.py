@@ -29,12 +29,19 @@ def _encode_somehow(error: UnicodeError) -> tuple[bytes, int]:
 codecs.register_error("olmo-core", _encode_somehow)
 
 
+class _Nowhere(io.TextIOBase):
+    """Takes everything."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 def prepare_streams() -> None:
     """Let every character be printed somehow, and output that is closed lead nowhere."""
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, _Nowhere())
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="olmo-core")
 

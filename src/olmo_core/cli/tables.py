@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from olmo_core.exceptions import OLMoError
+from olmo_core.exceptions import OLMoConfigurationError, OLMoError
 
-__all__ = ["WIDTH", "console", "file_option", "named", "number", "progress", "write_json"]
+__all__ = ["WIDTH", "console", "named", "number", "path_of", "progress", "write_json"]
 
 WIDTH = 100
 
@@ -32,11 +31,15 @@ def console(file: IO[str] | None = None) -> Console:
     return Console(width=WIDTH, **plain)
 
 
-def file_option(text: str) -> Path:
-    """A path from the command line: typer would take none for the current folder."""
-    if not text.strip():
-        raise typer.BadParameter("the path is empty")
-    return Path(text)
+def path_of(option: str) -> Callable[[str], Path]:
+    """The parser of an option that takes a path: typer would take none for the current folder."""
+
+    def path(text: str) -> Path:
+        if not text.strip():
+            raise OLMoConfigurationError(f"{option}: the path is empty")
+        return Path(text)
+
+    return path
 
 
 def progress() -> Progress:

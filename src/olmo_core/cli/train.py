@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Annotated, cast
 import typer
 
 from olmo_core.cli.streams import SteadyOutput
-from olmo_core.cli.tables import file_option
+from olmo_core.cli.tables import path_of
 from olmo_core.exceptions import OLMoConfigurationError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def command(
         typer.Option(
             "--run",
             metavar="FOLDER",
-            parser=file_option,
+            parser=path_of("--run"),
             help="Folder for checkpoints, metrics and plot.  [default: runs/PRESET]",
         ),
     ] = None,
@@ -154,11 +154,12 @@ def _train(trainer: Trainer, sample: int, console: Console) -> None:
     seconds = time.monotonic() - began
     report.print_summary(trainer, summary, summary.step - start, seconds, console)
     if summary.stopped_by is not None:
-        console.print(f"Stopped. Go on with: olmo-core train --run {trainer.run} --resume")
+        again = f"olmo-core train --run {trainer.run} --resume"
+        console.print(f"Stopped. Go on with: {again}", soft_wrap=True)
         raise typer.Exit(128 + summary.stopped_by)
     if sample > 0:
         report.print_sample(trainer, sample, console)
-    console.print(f'More of it: olmo-core generate -c {trainer.run} "ROMEO:"')
+    console.print(f'More of it: olmo-core generate -c {trainer.run} "ROMEO:"', soft_wrap=True)
 
 
 def _last_checkpoint(run: Path, console: Console) -> Checkpoint:
@@ -166,7 +167,8 @@ def _last_checkpoint(run: Path, console: Console) -> Checkpoint:
 
     checkpoint, problems = find_checkpoint(run)
     for problem in problems:
-        console.print(f"{problem}; going on from {checkpoint.folder.name}", style="yellow")
+        message = f"{problem}; going on from {checkpoint.folder.name}"
+        console.print(message, style="yellow", soft_wrap=True)
     return checkpoint
 
 

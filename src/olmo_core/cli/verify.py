@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from olmo_core.cli.tables import file_option
+from olmo_core.cli.tables import path_of
 from olmo_core.exceptions import OLMoConfigurationError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def command(
     json_file: Annotated[
         Path | None,
         typer.Option(
-            "--json", metavar="FILE", parser=file_option, help="Write every cell to a file."
+            "--json", metavar="FILE", parser=path_of("--json"), help="Write every cell to a file."
         ),
     ] = None,
     jobs: Annotated[

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
+
 from olmo_core.config import Config, DType
 from olmo_core.data import VOCAB_SIZE
 from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.memory import expect_room
 from olmo_core.nn.transformer import TransformerConfig
 
 
@@ -81,6 +84,9 @@ class TrainConfig(Config):
             )
         self._check_data()
         self._check_optimizer()
+        # Of Python's memory alone, a block's modules take more than this.
+        n_bytes = 10_000 * self.model.n_layers
+        expect_room(f"the layers of model.n_layers={self.model.n_layers}", n_bytes, _HOST)
         self.model.layer_blocks()
 
     def _expect_vocabulary(self) -> None:
@@ -117,6 +123,7 @@ class TrainConfig(Config):
         _expect(self.model.init_std > 0, self.model, "init_std", "must be positive")
 
 
+_HOST = torch.device("cpu")
 _PREFIX = {DataConfig: "data.", OptimizerConfig: "optimizer.", TransformerConfig: "model."}
 
 
