@@ -91,6 +91,17 @@ def test_room_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         RunFolder(tmp_path).expect_room(3_000_000)
 
 
+def test_metrics_that_can_not_be_written_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(0)
+    folder.append([{"step": 1}])
+    monkeypatch.setattr(Path, "open", lambda *_: open("/dev/full", "w", encoding="utf-8"))
+    with pytest.raises(TrainingError, match=r"metrics.jsonl can't be written: No space .*--resume"):
+        folder.append([{"step": 2}])
+
+
 def test_errors_of_the_run_are_its_own(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="mine"), RunFolder(tmp_path / "r").held():
         raise OSError("mine")

@@ -1,6 +1,6 @@
 """A run's folder: the one place that writes what a run leaves behind.
 
-Of several processes that train together, the first alone has a folder to write to.
+Whoever trains in several processes has to let the first alone write.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.train import disk
 from olmo_core.train.checkpoint import retire_newer, save_checkpoint
 from olmo_core.train.errors import TrainingError
-from olmo_core.train.metrics import Metrics
+from olmo_core.train.metrics import Metrics, Row
 
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
@@ -90,7 +90,17 @@ class RunFolder:
             for path in self.earlier():
                 disk.remove_folder(path) if path.is_dir() else path.unlink()
         retire_newer(self.path, step)
-        self.metrics = Metrics(self.path / METRICS, step)
+        with _named(self.path / METRICS):
+            self.metrics = Metrics(self.path / METRICS, step)
+
+    def append(self, rows: list[Row]) -> None:
+        """Add rows to the metrics of a run that has begun.
+
+        :raises TrainingError: if the disk refuses.
+        """
+        assert self.metrics is not None
+        with _named(self.metrics.path):
+            self.metrics.append(rows)
 
     def save(self, step: int, **content: Any) -> Path:
         """See :func:`~olmo_core.train.checkpoint.save_checkpoint`."""
@@ -139,3 +149,14 @@ class RunFolder:
                 file.close()
                 raise
             file.close()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path} can't be written: {error.strerror or error}. Mend that, then go on with "
+            "--resume"
+        ) from error

@@ -157,8 +157,7 @@ class Trainer:
     def _record(self, pending: list[Row], observer: Observer) -> None:
         rows = [_on_host(row) for row in pending]
         self._expect_finite(rows)
-        assert self.folder.metrics is not None  # fit has begun
-        self.folder.metrics.append(rows)
+        self.folder.append(rows)
         observer.steps(rows)
 
     def _summary(self) -> Summary:
