@@ -97,7 +97,11 @@ def test_metrics_that_can_not_be_written_are_named(
     folder = RunFolder(tmp_path)
     folder.begin(0)
     folder.append([{"step": 1}])
-    monkeypatch.setattr(Path, "open", lambda *_: open("/dev/full", "w", encoding="utf-8"))
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(TrainingError, match=r"metrics.jsonl can't be written: No space .*--resume"):
         folder.append([{"step": 2}])
 
