@@ -80,8 +80,8 @@ class RunFolder:
         free = shutil.disk_usage(self.path).free
         if free < n_bytes:
             raise OLMoConfigurationError(
-                f"the run folder {self.path} has room for {free / 1e6:,.0f} MB, and one checkpoint "
-                f"takes {n_bytes / 1e6:,.0f} MB: free some space, or choose another --run"
+                f"the run folder {self.path} has room for {free / 1e6:.3g} MB, and one checkpoint "
+                f"takes {n_bytes / 1e6:.3g} MB: free some space, or choose another --run"
             )
 
     def begin(self, step: int, *, overwrite: bool = False) -> None:
