@@ -15,6 +15,7 @@ from olmo_core.nn.attention import AttentionConfig
 from olmo_core.nn.transformer import TransformerBlockConfig, TransformerConfig
 from olmo_core.train.checkpoint import CheckpointError, checkpoint_folders, find_checkpoint
 from olmo_core.train.config import TrainConfig
+from olmo_core.train.folder import RunFolder
 from olmo_core.train.metrics import Row, read_metrics
 from olmo_core.train.presets import PRESETS, get_preset
 from olmo_core.train.trainer import Trainer, TrainingError
@@ -213,6 +214,21 @@ def test_only_one_process_trains_in_a_folder(config: TrainConfig, tmp_path: Path
                 other.fit(Watch())
 
     Trainer(config.replace(steps=1), tmp_path).fit(Second())
+
+
+def test_a_folder_is_tried_before_data_and_model(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched(trainer: Trainer) -> None:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(Trainer, "_load_data", touched)
+    monkeypatch.setattr(Trainer, "_init_weights", touched)
+    (tmp_path / "file").touch()
+    with pytest.raises(OLMoConfigurationError, match=r"can't be made: Not a directory"):
+        Trainer(config, tmp_path / "file" / "run")
+    with RunFolder(tmp_path / "r").held(), pytest.raises(TrainingError, match="another process"):
+        Trainer(config, tmp_path / "r")
 
 
 def test_data_that_changed_is_refused(config: TrainConfig, tmp_path: Path) -> None:
