@@ -9,7 +9,15 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["compile_time_constant", "get_default_device", "runs_eagerly", "seed_all"]
+from olmo_core.exceptions import OLMoConfigurationError
+
+__all__ = [
+    "checked_device",
+    "compile_time_constant",
+    "get_default_device",
+    "runs_eagerly",
+    "seed_all",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -57,3 +65,26 @@ def get_default_device() -> torch.device:
     Apple's MPS is never chosen by itself, because it has no float64; name it to use it.
     """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def checked_device(name: str | None) -> torch.device:
+    """The device called ``name``, or the default one.
+
+    :raises OLMoConfigurationError: If there is no such device here, or it holds no values.
+    """
+    if name is None:
+        return get_default_device()
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it has no values to compute with")
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("the CPU is one device: call it cpu")
+        torch.zeros(1, device=device).add_(1)
+    except Exception as error:  # torch raises AssertionError, RuntimeError and its own classes
+        found = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise OLMoConfigurationError(
+            f"device {name!r} can't be used here ({why}). Choose one of: {found}."
+        ) from error
+    return device

@@ -78,7 +78,20 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
         (["--seconds", "nan"], "seconds must be positive, got nan"),
         (["--plot", "x.pdf"], "name it *.png"),
         (["--plot", "no/such/x.png"], "does not exist"),
-        (["--device", "quantum"], "--device quantum can't be used"),
+        (["--device", "quantum"], "device 'quantum' can't be used"),
+        (["--device", "meta"], "device 'meta' can't be used"),
+        (["--seconds", "inf"], "seconds must be at most 3600, got inf"),
+        (["--seconds", "1e300"], "seconds must be at most 3600"),
+        (["--batch", "99999999999999999999"], "batch must be at most 2147483647"),
+        (["--tokens", "99999999999999999999"], "--tokens must be at most 2147483647"),
+        (["--tokens", "2000000000"], "GiB of memory"),
+        (["--head-dim", "2000000000"], "GiB of memory"),
+        (["-c", "decode", "--batch", "2000000000"], "GiB of memory"),
+        (["--json", ""], "the path is empty"),
+        (["--json", "."], "is a folder"),
+        (["--json", "pyproject.toml/x.json"], "--json pyproject.toml/x.json can't be written"),
+        (["--json", "x" * 300], "can't be written: File name too long"),
+        (["--plot", "x" * 300 + ".png"], "can't be written: File name too long"),
         (["--tokens", "many"], "Invalid value for '--tokens'"),
     ],
 )
@@ -95,3 +108,22 @@ def test_a_backend_that_can_not_run_is_refused_with_its_reasons() -> None:
     assert result.exit_code == 2
     assert "No backend to time can run here" in result.output
     assert "flash_attn.cute is not installed" in result.output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_a_report_that_can_not_be_written_costs_one_message() -> None:
+    result = bench(*QUICK[:-2], "-c", "full", "--no-peers", "--json", "/dev/full")
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert "/dev/full can't be written: No space left on device" in result.output
+
+
+def test_nothing_measured_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from olmo_core.diagnostics import bench as measuring
+
+    def fails(*args: object) -> float:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(measuring, "median_ms", fails)
+    result = bench(*QUICK[:-2], "-c", "full", "--no-peers")
+    assert result.exit_code == 1
+    assert "MemoryError: no room" in result.output and "Nothing could be measured" in result.output

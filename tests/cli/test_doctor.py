@@ -76,5 +76,5 @@ def test_torch_must_work() -> None:
 def test_an_unknown_device_costs_one_message() -> None:
     result = CliRunner().invoke(app, ["doctor", "--device", "warp"])
     assert result.exit_code == 2
-    assert "--device warp can't be used here" in result.output and "cpu" in result.output
+    assert "device 'warp' can't be used here" in result.output and "cpu" in result.output
     assert len(result.output.splitlines()) <= 3

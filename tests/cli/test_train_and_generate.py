@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from olmo_core.cli.main import COMMANDS, app
-from olmo_core.cli.train import _set_environment
+from olmo_core.cli.train import _set_environment, _stopping_on_signals
+from olmo_core.train.checkpoint import checkpoint_folders
 from olmo_core.train.metrics import read_metrics
 
 SMALL = [
@@ -139,9 +141,16 @@ def test_earlier_runs_are_not_overwritten_by_accident(tmp_path: Path, text: Path
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_resume_starts_where_there_is_nothing(tmp_path: Path, text: Path) -> None:
-    args = ["train", "--run", tmp_path / "r", "--data", text, "--steps", 1, "--resume", *SMALL]
+def test_resume_where_there_is_nothing(tmp_path: Path, text: Path) -> None:
+    args = ["train", "--run", tmp_path / "r", "--data", text, "--steps", 1, *SMALL]
+    assert "nothing to resume: " in (message := error(invoke(*args, "--resume")))
+    assert "does not exist" in message and not (tmp_path / "r").exists()
+    # What a process leaves that dies before its first checkpoint.
+    (tmp_path / "r" / ".writing-step-00000000").mkdir(parents=True)
+    (tmp_path / "r" / ".lock").touch()
+    assert "holds no checkpoint" in error(invoke(*args, "--resume"))
     assert invoke(*args).exit_code == 0
+    assert invoke(*args, "--resume").exit_code == 0  # a run that is complete is reported again
 
 
 def test_resume_says_which_checkpoint_was_damaged(tmp_path: Path, text: Path) -> None:
@@ -155,9 +164,9 @@ def test_resume_says_which_checkpoint_was_damaged(tmp_path: Path, text: Path) ->
 
 def test_hybrid_trains_resumes_and_generates(tmp_path: Path, text: Path) -> None:
     small = [*SMALL[1:], "model.blocks.1.sequence_mixer.n_heads=2", "model.n_layers=4"]
-    args = ["train", "--run", tmp_path, "--data", text, "--resume", *small, "--steps"]
-    for steps in (2, 3):
-        result = invoke(*args, steps)
+    args = ["train", "--run", tmp_path, "--data", text, *small, "--steps"]
+    for more in ([2], [3, "--resume"]):
+        result = invoke(*args, *more)
         assert result.exit_code == 0, result.output
     weights = load_file(tmp_path / "step-00000003" / "model.safetensors")
     assert [f"blocks.{i}.sequence_mixer.A_log" in weights for i in range(4)] == [True] * 3 + [False]
@@ -184,7 +193,31 @@ BAD_TRAIN: dict[str, tuple[list[str], str]] = {
     "unknown option": (["--step", "3"], "No such option"),
     "unknown preset": (["-p", "tiny-windows"], "did you mean 'tiny-window'?"),
     "no data": (["--data", "/nowhere"], "/nowhere does not exist"),
-    "unknown device": (["device=abacus"], "device 'abacus' cannot be used"),
+    "unknown device": (["device=abacus"], "device 'abacus' can't be used"),
+    "no values": (["device=meta"], "device 'meta' can't be used"),
+    "seventh CPU": (["device=cpu:7"], "device 'cpu:7' can't be used"),
+    "other vocabulary": (["model.vocab_size=300"], "model.vocab_size must be 257"),
+    "smaller vocabulary": (["model.vocab_size=100"], "model.vocab_size must be 257"),
+    "wider than memory": (["model.d_model=10000000"], "GiB of memory"),
+    "wider than torch": (["model.d_model=100000000000000"], "GiB of memory"),
+    "deeper than memory": (["model.n_layers=1000000000000000"], "GiB of memory"),
+    "longer than memory": (["data.sequence_length=10000000000000"], "GiB of memory"),
+    "more than memory": (["data.batch_size=10000000000000"], "GiB of memory"),
+    "past 64 bits": (["data.batch_size=99999999999999999999"], "integer of 64 bits"),
+    "seed past 64 bits": (["seed=99999999999999999999"], "seed must be an integer of 64 bits"),
+    "negative steps": (["--steps", "-3"], "steps must be at least 1, got -3"),
+    "infinite rate": (["optimizer.lr=inf"], "optimizer.lr must be finite"),
+    "no number deep inside": (["model.blocks.0.layer_norm.eps=nan"], "eps must be finite"),
+    "autocast to float64": (["autocast=float64"], "autocast must be bfloat16, float16 or null"),
+    "empty path": (["--data", ""], "data.path is empty"),
+    "blank path": (["data.path= "], "data.path is empty"),
+    "a device as data": (["--data", "/dev/null"], "/dev/null is a device or pipe"),
+    "nobody's home": (["--data", "~nobody-at-all/x"], "~nobody-at-all/x does not exist"),
+    "empty preset": (["-p", ""], "unknown preset ''"),
+    "empty run": (["--run", ""], "the path is empty"),
+    "negative sample": (["--sample", "-5"], "Invalid value for '--sample'"),
+    "endless sample": (["--sample", "99999999999"], "Invalid value for '--sample'"),
+    "markup": (["[/red]=1"], "no field '[/red]'"),
     "resume and overwrite": (["--resume", "--overwrite"], "exclude each other"),
     "bad mixer": (["model.blocks.0.sequence_mixer.type=mamba"], "unknown type 'mamba'"),
     "no such block": (["model.blocks.7.name=ngpt"], "index"),
@@ -198,19 +231,75 @@ BAD_TRAIN: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("name", BAD_TRAIN)
 def test_bad_train_calls(tmp_path: Path, name: str) -> None:
     args, message = BAD_TRAIN[name]
-    assert message in error(invoke("train", "--run", tmp_path / "r", *args))
+    assert message in error(invoke("train", "--run", tmp_path / "r" / "deep", *args))
     assert not (tmp_path / "r").exists()
 
 
 def test_bad_folders(tmp_path: Path, run: Path, text: Path) -> None:
     (tmp_path / "file").touch()
     assert "is a file" in error(invoke("train", "--run", tmp_path / "file"))
-    for option in ([], ["--resume"]):
-        assert "is not empty (file" in error(invoke("train", "--run", tmp_path, *option))
+    assert "is not empty (file" in error(invoke("train", "--run", tmp_path))
+    assert "holds no checkpoint" in error(invoke("train", "--run", tmp_path, "--resume"))
     message = error(invoke("train", "--run", run, "--resume", "model.d_model=32"))
     assert "is of another model" in message
     message = error(invoke("train", "--run", run, "--resume", *SMALL, "-p", "tiny-window"))
     assert "was not trained as preset 'tiny-window'" in message
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither data nor model may be touched."""
+    from olmo_core.train.trainer import Trainer
+
+    def touched(*args: Any) -> None:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(Trainer, "_load_data", touched)
+    monkeypatch.setattr(Trainer, "_init_weights", touched)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("where", ["file/r", "file/a/b", "x" * 300, "x" * 300 + "/r", "locked"])
+def test_a_run_folder_that_can_not_be_used(tmp_path: Path, text: Path, where: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "locked" / ".lock").mkdir(parents=True)
+    message = error(invoke("train", "--run", tmp_path / where, "--data", text, *SMALL))
+    assert "the run folder" in message and "Choose another with --run" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "locked"]
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.batch_size=4", "data.batch_size=4 (was 2)"),
+        ("data.sequence_length=64", "data.sequence_length=64 (was 32)"),
+        ("data.max_doc_len=16", "data.max_doc_len=16 (was None)"),
+        ("data.held_out=0.1", "data.held_out=0.1 (was 0.05)"),
+        ("seed=1", "seed=1 (was 0)"),
+        ("steps=3", "it is beyond steps=3"),
+    ],
+)
+def test_resume_with_other_batches(run: Path, change: str, message: str) -> None:
+    assert message in error(invoke("train", "--run", run, "--resume", change))
+
+
+def test_names_that_look_like_markup(tmp_path: Path, text: Path) -> None:
+    data = tmp_path / "[bold]d"
+    data.mkdir()
+    (data / "[").mkdir()
+    (data / "[/red].JSONL").write_bytes(text.read_bytes())
+    (data / "[/red]picture:smile:.png").touch()
+    folder = tmp_path / "[/bold]" / "$\\frac$"
+    args = ["train", "--run", folder, "--data", data, *SMALL, "--steps"]
+    result = invoke(*args, 2)
+    assert result.exit_code == 0, result.output
+    for name in (folder, data, "[/red]picture:smile:.png", folder / "loss.png"):
+        assert str(name) in result.output
+    (folder / "step-00000002" / "state.json").write_text("[1]")
+    result = invoke(*args, 3, "--resume")
+    assert "step-00000002 is damaged: state.json is a list" in result.output
+    assert "[/red]" in error(invoke("generate", "-c", tmp_path / "[/red]"))
 
 
 BAD_GENERATE: dict[str, tuple[list[str], str]] = {
@@ -221,6 +310,14 @@ BAD_GENERATE: dict[str, tuple[list[str], str]] = {
     "no tokens": (["--max-tokens", "0"], "max_new_tokens must be at least 1"),
     "not a number": (["--max-tokens", "few"], "Invalid value for"),
     "unknown device": (["--device", "abacus"], "abacus"),
+    "no values": (["--device", "meta"], "no values"),
+    "no device": (["--device", ""], "device '' can't be used"),
+    "seed past 64 bits": (["--seed", "99999999999999999999"], "seed must lie in"),
+    "second seed past 64 bits": (["--seed", str(2**64 - 1), "a", "b"], "2**64 - 2"),
+    "past int32": (["--max-tokens", "99999999999"], "leads beyond position 2147483647"),
+    "hotter than numbers": (["--temperature", "nan"], "temperature"),
+    "no mass": (["--top-p", "nan"], "top_p"),
+    "empty path": (["-c", ""], "the path is empty"),
 }
 
 
@@ -228,6 +325,54 @@ BAD_GENERATE: dict[str, tuple[list[str], str]] = {
 def test_bad_generate_calls(run: Path, name: str) -> None:
     args, message = BAD_GENERATE[name]
     assert message in error(invoke("generate", "-c", run, *args))
+
+
+def test_a_cache_that_can_not_fit(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from olmo_core import memory
+
+    monkeypatch.setattr(memory, "memory_of", lambda device: 10**6)
+    assert "--max-tokens) need at least" in error(invoke("generate", "-c", run, "-n", 9000))
+    assert invoke("generate", "-c", run, "-n", 9).exit_code == 0
+
+
+def test_out_of_memory_is_one_message(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from olmo_core.nn.transformer import Transformer
+
+    monkeypatch.setattr(Transformer, "init_kv_cache", lambda *_, **__: torch.empty(2**60))
+    assert "out of memory, choose smaller sizes" in error(invoke("generate", "-c", run))
+
+
+def test_weights_that_are_not_finite_generate_nothing(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from olmo_core.train import checkpoint
+    from olmo_core.train.trainer import Trainer
+
+    def spoil(trainer: Trainer, *args: Any) -> float:
+        with torch.no_grad():
+            trainer.model.lm_head.w_out.weight[3, 4] = float("inf")  # type: ignore[union-attr]
+        return 8.0
+
+    monkeypatch.setattr(Trainer, "evaluate", spoil)
+    args = ["train", "--run", tmp_path, "--data", text, *SMALL, "--steps", 1]
+    message = error(invoke(*args))
+    assert "step 1: 1 of 4,112 values of lm_head.w_out.weight are not finite" in message
+    assert "lower optimizer.lr" in message
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "not_finite", lambda tensors: "")
+        assert invoke(*args, "--overwrite").exit_code == 0
+    for command in (["generate", "-c", tmp_path], [*args, "--resume", "--steps", 2]):
+        assert "of lm_head.w_out.weight are not finite" in error(invoke(*command))
+
+
+def test_generate_reads_standard_input_as_it_comes(run: Path) -> None:
+    args = ["generate", "-c", str(run), "-n", "5", "-"]
+    result = CliRunner().invoke(app, args, input=b"\xff\xc3\xa9")
+    assert result.exit_code == 0 and result.stdout_bytes.startswith(b"\xff\xc3\xa9")
 
 
 def test_generate_without_a_checkpoint(tmp_path: Path) -> None:
@@ -280,9 +425,14 @@ def forker() -> Iterator[Forker]:
     forker.process.communicate(timeout=60)
 
 
+def again(folder: Path) -> list[str]:
+    """What goes on with a run, or starts it."""
+    return ["--resume"] if folder.exists() and checkpoint_folders(folder) else []
+
+
 def long_run(folder: Path, text: Path, *options: Any) -> list[Any]:
     return [
-        "train", "--run", folder, "--data", text, "--steps", 150, "--resume",
+        "train", "--run", folder, "--data", text, "--steps", 150, *again(folder),
         "save_every=10", "log_every=5", "eval_every=50", *SMALL, *options,
     ]  # fmt: skip
 
@@ -321,7 +471,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_losses(
     assert losses(folder) == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_leaves(
     tmp_path: Path, text: Path, forker: Forker, number: signal.Signals
 ) -> None:
@@ -334,6 +484,21 @@ def test_a_signal_saves_and_leaves(
     assert "Traceback" not in output
     last = losses(tmp_path / "r")[-1][0]
     assert (tmp_path / "r" / f"step-{last:08d}" / "state.json").is_file()
+
+
+def test_nohup_stays_so() -> None:
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        seen: list[Any] = []
+
+        class Trainer:
+            stop_signal: int | None = None
+
+        with _stopping_on_signals(Trainer(), Console()):  # type: ignore[arg-type]
+            seen = [signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM)]
+        assert seen[0] is signal.SIG_IGN and callable(seen[1])
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
 
 
 @pytest.mark.parametrize(

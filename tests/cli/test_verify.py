@@ -84,10 +84,14 @@ def test_nothing_checked_is_not_success() -> None:
     [
         (["--mixer", "nope"], "no mixer 'nope'"),
         (["--backend", "flash_9"], "no attention backend 'flash_9'. Choose from torch, flash_2"),
-        (["--device", "nope"], "--device nope can't be used here"),
+        (["--device", "nope"], "device 'nope' can't be used here"),
         (["--device", "meta"], "has no values"),
         (["--json", "no/such/folder/x.json"], "does not exist"),
         (["--json", "."], "is a folder"),
+        (["--json", ""], "the path is empty"),
+        (["--json", "x" * 300], "can't be written: File name too long"),
+        (["--json", "pyproject.toml/x"], "--json pyproject.toml/x can't be written"),
+        (["--jobs", "9999999999"], "more than four processes a core"),
         (["--mixer", "gdn", "--backend", "te"], "the torch backend alone"),
     ],
 )

@@ -15,6 +15,7 @@ from olmo_core.nn.attention import AttentionConfig
 from olmo_core.nn.transformer import TransformerBlockConfig, TransformerConfig
 from olmo_core.train.checkpoint import CheckpointError, checkpoint_folders, find_checkpoint
 from olmo_core.train.config import TrainConfig
+from olmo_core.train.folder import RunFolder
 from olmo_core.train.metrics import Row, read_metrics
 from olmo_core.train.presets import PRESETS, get_preset
 from olmo_core.train.trainer import Trainer, TrainingError
@@ -145,13 +146,63 @@ def test_normalized_model_stays_normalized(config: TrainConfig, tmp_path: Path) 
         torch.testing.assert_close(weights[name].norm(dim=1), torch.ones(weights[name].shape[0]))
 
 
-def test_divergence_is_named(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_divergence_is_named(
+    config: TrainConfig, tmp_path: Path, step: int, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever step it is: with a look at held-out text, a checkpoint, both, none, or the last."""
+    config = config.replace(steps=7, save_every=6, log_every=5)
     trainer = Trainer(config, tmp_path)
-    with torch.no_grad():
-        trainer.model.embeddings.weight[:] = math.nan
-    with pytest.raises(TrainingError, match=r"loss of step 1 is nan.*lower optimizer.lr"):
+    take = trainer.optimizer.step
+
+    def spoil() -> None:
+        take()
+        if trainer.step == step - 1:
+            with torch.no_grad():
+                trainer.model.embeddings.weight[32] = value
+
+    monkeypatch.setattr(trainer.optimizer, "step", spoil)
+    with pytest.raises(
+        TrainingError, match=r"diverged\. Start a new run with a lower optimizer.lr"
+    ):
         trainer.fit(Watch())
-    assert [f.name for f in checkpoint_folders(tmp_path)] == ["step-00000000"]
+    # Nothing that is not finite has been written.
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    for folder in checkpoint_folders(tmp_path):
+        assert find_checkpoint(folder)[0].model()["embeddings.weight"].isfinite().all()
+
+
+def test_infinite_gradients_are_named(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(math.inf))
+    with pytest.raises(TrainingError, match=r"the gradient of step 1 is inf"):
+        Trainer(config, tmp_path).fit(Watch())
+
+
+def test_lack_of_memory_is_named(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(config, tmp_path)
+    monkeypatch.setattr(trainer, "forward", lambda *_, **__: torch.empty(2**60))
+    with pytest.raises(TrainingError, match=r"out of memory: .*smaller data.batch_size"):
+        trainer.fit(Watch())
+
+
+def test_lack_of_a_compiler_is_named(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise BackendCompilerFailed(lambda: None, RuntimeError("no g++"), None)
+
+    trainer = Trainer(config, tmp_path)
+    monkeypatch.setattr(trainer, "forward", fails)
+    with pytest.raises(TrainingError, match=r"can't be compiled here.*Leave out compile=true"):
+        trainer.fit(Watch())
 
 
 def test_only_one_process_trains_in_a_folder(config: TrainConfig, tmp_path: Path) -> None:
@@ -165,6 +216,21 @@ def test_only_one_process_trains_in_a_folder(config: TrainConfig, tmp_path: Path
     Trainer(config.replace(steps=1), tmp_path).fit(Second())
 
 
+def test_a_folder_is_tried_before_data_and_model(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched(trainer: Trainer) -> None:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(Trainer, "_load_data", touched)
+    monkeypatch.setattr(Trainer, "_init_weights", touched)
+    (tmp_path / "file").touch()
+    with pytest.raises(OLMoConfigurationError, match=r"can't be made: Not a directory"):
+        Trainer(config, tmp_path / "file" / "run")
+    with RunFolder(tmp_path / "r").held(), pytest.raises(TrainingError, match="another process"):
+        Trainer(config, tmp_path / "r")
+
+
 def test_data_that_changed_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     Trainer(config.replace(steps=1), tmp_path).fit(Watch())
     checkpoint, _ = find_checkpoint(tmp_path)
@@ -172,6 +238,31 @@ def test_data_that_changed_is_refused(config: TrainConfig, tmp_path: Path) -> No
     other = config.merge([f"data.path={tmp_path / 'other.txt'}"])
     with pytest.raises(CheckpointError, match="trained on other text"):
         Trainer(other, tmp_path, checkpoint=checkpoint)
+
+
+def test_held_out_text_that_changed_is_refused(
+    config: TrainConfig, corpus: Path, tmp_path: Path
+) -> None:
+    from olmo_core.data import load_documents, split_documents
+
+    train, held_out = split_documents(load_documents(corpus))
+    path, run = tmp_path / "text.jsonl", tmp_path / "run"
+    config = config.merge([f"data.path={path}", "steps=1"])
+
+    def write(documents: list[bytes]) -> None:
+        path.write_text("\n".join(json.dumps({"text": d.decode()}) for d in documents))
+
+    write(train + held_out)
+    Trainer(config, run).fit(Watch())
+    checkpoint, _ = find_checkpoint(run)
+    # One held-out document is another one that is held out, too.
+    first, *others = held_out
+    changed = ([*train, first[:-3] + bytes(f"{i:03}", "ascii"), *others] for i in range(999))
+    write(next(d for d in changed if split_documents(d)[0] == train and d != train + held_out))
+    with pytest.raises(CheckpointError, match=r"other text .*\(the held-out text changed\)"):
+        Trainer(config, run, checkpoint=checkpoint)
+    write(train + held_out)
+    Trainer(config, run, checkpoint=checkpoint)
 
 
 def test_another_model_is_refused(config: TrainConfig, tmp_path: Path) -> None:
@@ -190,7 +281,12 @@ def test_another_model_is_refused(config: TrainConfig, tmp_path: Path) -> None:
         "optimizer.betas=[0.9,1]", "optimizer.eps=-1", "optimizer.weight_decay=-0.1",
         "optimizer.warmup_steps=-1", "optimizer.grad_clip=0", "model.n_layers=0",
         "model.pattern=[3]", "device=abacus", "device=cuda:99", "stepz=3", "optimizer.lr=fast",
-        "model.blocks.0.sequence_mixer.n_heads=3",
+        "model.blocks.0.sequence_mixer.n_heads=3", "device=meta", "device=cpu:3",
+        "autocast=float32",
+        "model.vocab_size=256", "model.init_std=0", "model.init_std=inf", "data.path=",
+        "optimizer.grad_clip=inf", "optimizer.weight_decay=nan", "steps=" + "9" * 30,
+        "model.d_model=1000000002", "model.n_layers=1000000000000", "data.batch_size=1000000000000",
+        "data.sequence_length=1000000000000",
     ],
 )  # fmt: skip
 def test_bad_values(config: TrainConfig, tmp_path: Path, change: str) -> None:

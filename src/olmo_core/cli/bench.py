@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from olmo_core.cli.tables import path_of
 from olmo_core.exceptions import OLMoConfigurationError
 
 if TYPE_CHECKING:
@@ -57,10 +58,19 @@ def command(
         ),
     ] = True,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write every number to a file.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", parser=path_of("--json"), help="Write every number to a file."
+        ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG (needs matplotlib).")
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            parser=path_of("--plot"),
+            help="Draw a PNG (needs matplotlib).",
+        ),
     ] = None,
 ) -> None:
     """Time and memory of the backends against sequence length, beside what one would write without.
@@ -71,10 +81,12 @@ def command(
 
     from olmo_core.cli import tables
     from olmo_core.diagnostics import bench, contenders, machine
+    from olmo_core.diagnostics.bench_cases import expect_problems_fit
     from olmo_core.nn.attention.capabilities import CAPABILITIES
+    from olmo_core.utils import checked_device
 
     backends = [machine.checked_backend(name) for name in backend or ()]
-    where = machine.checked_device(device)
+    where = checked_device(device)
     sizes = {
         "batch": batch,
         "n_heads": heads,
@@ -85,6 +97,7 @@ def command(
     }
     settings = _settings(where, dtype, tokens, sizes)
     cases = _cases(case)
+    expect_problems_fit(cases, settings, where)
     for option, path in (("--json", json_file), ("--plot", plot)):
         if path is not None:
             machine.checked_output(option, path)
@@ -99,8 +112,8 @@ def command(
 
     console = tables.console()
     facts = machine.describe(where)
-    console.print(str(facts), style="dim", markup=False)
-    console.print(str(settings), markup=False)
+    console.print(str(facts), style="dim")
+    console.print(str(settings))
     rows, interrupted = _run(bench.plan(who, cases, settings.tokens), settings, where)
     _print(console, rows)
     _print_absent(console, rows, absent)
@@ -117,11 +130,15 @@ def command(
     if plot is not None and any(row.forward_ms is not None for row in rows):
         from olmo_core.diagnostics.bench_plot import draw
 
-        draw(plot, rows, f"{facts.device_name}, torch {facts.torch}\n{settings}", absent)
-        console.print(f"plot: {plot}", markup=False)
+        with tables.named(plot):
+            draw(plot, rows, f"{facts.device_name}, torch {facts.torch}\n{settings}", absent)
+        console.print(f"plot: {plot}")
     if interrupted:
         console.print("interrupted: the rest was not measured")
         raise typer.Exit(130)
+    if all(row.forward_ms is None for row in rows):
+        console.print("Nothing could be measured here: see the reasons above.")
+        raise typer.Exit(1)
 
 
 def _settings(
@@ -133,11 +150,19 @@ def _settings(
     from dataclasses import replace
 
     from olmo_core.config import DType
-    from olmo_core.diagnostics.bench_cases import checked_tokens, default_settings
+    from olmo_core.diagnostics.bench_cases import (
+        MAX_SECONDS,
+        MAX_SIZE,
+        checked_tokens,
+        default_settings,
+    )
 
     for name, size in sizes.items():
         if size is not None and not size > 0:
             raise OLMoConfigurationError(f"{name} must be positive, got {size}.")
+        limit = MAX_SECONDS if name == "seconds" else MAX_SIZE
+        if size is not None and size > limit:
+            raise OLMoConfigurationError(f"{name} must be at most {limit}, got {size}.")
     given = {name: size for name, size in sizes.items() if size is not None}
     default = default_settings(device)
     if "n_heads" in given and "n_kv_heads" not in given:
@@ -160,6 +185,8 @@ def _settings(
     if tokens:
         if min(tokens) < 2:
             raise OLMoConfigurationError(f"--tokens must be at least 2, got {min(tokens)}.")
+        if max(tokens) > MAX_SIZE:
+            raise OLMoConfigurationError(f"--tokens must be at most {MAX_SIZE}, got {max(tokens)}.")
         settings = replace(settings, tokens=checked_tokens(tokens))
     return settings
 
@@ -258,6 +285,6 @@ def _print_absent(console: Console, rows: list[Measurement], absent: dict[str, s
             reasons.setdefault((r.name, r.reason), []).append(r)
     for (name, reason), mine in reasons.items():
         cases = ", ".join(dict.fromkeys(r.case for r in mine))
-        console.print(f"not measured: {name} ({cases}): {reason}", markup=False)
+        console.print(f"not measured: {name} ({cases}): {reason}")
     for name, reason in absent.items():
-        console.print(f"not here: {name}: {reason}", markup=False)
+        console.print(f"not here: {name}: {reason}")

@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from rich.text import Text
 
     from olmo_core.diagnostics.doctor import Report
 
@@ -44,7 +45,7 @@ def command(
     unless the torch backend fails, which works everywhere.
     """
     from olmo_core.cli.tables import console
-    from olmo_core.diagnostics.machine import checked_device
+    from olmo_core.utils import checked_device
 
     report = _examine(checked_device(device))
     if as_json:
@@ -65,7 +66,7 @@ def _examine(device: torch.device) -> Report:
 
 
 def _print(console: Console, report: Report) -> None:
-    console.print(str(report.machine), style="dim", markup=False)
+    console.print(str(report.machine), style="dim")
     _print_backends(console, report)
     _print_extras(console, report)
     _print_choices(console, report)
@@ -74,6 +75,7 @@ def _print(console: Console, report: Report) -> None:
 def _print_backends(console: Console, report: Report) -> None:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="attention backends", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("backend", no_wrap=True)
@@ -82,7 +84,8 @@ def _print_backends(console: Console, report: Report) -> None:
         table.add_column(_SHORT.get(name, (name, ""))[0], justify="center", no_wrap=True)
     for row in report.backends:
         ticks = (_tick(t.status if row.works else "absent") for t in row.features.values())
-        table.add_row(row.name, "[green]works[/]" if row.works else "[red]no[/]", *ticks)
+        here = Text("works", "green") if row.works else Text("no", "red")
+        table.add_row(row.name, here, *ticks)
     console.print(table)
     console.print("✓ tried and right   – not there   ✗ tried and wrong   · not tried", style="dim")
     legend = [f"{short} {words}" for short, words in _SHORT.values()]
@@ -91,8 +94,8 @@ def _print_backends(console: Console, report: Report) -> None:
     console.print()
     for row in report.backends:
         if not row.works:
-            console.print(f"{row.name} ({row.title}): {row.cause}", markup=False)
-            console.print(f"  {row.mend}", markup=False, style="bold")
+            console.print(f"{row.name} ({row.title}): {row.cause}")
+            console.print(f"  {row.mend}", style="bold")
             continue
         for status in ("failed", "no"):
             reasons: dict[str, list[str]] = {}
@@ -100,28 +103,33 @@ def _print_backends(console: Console, report: Report) -> None:
                 if tick.status == status:
                     reasons.setdefault(tick.why, []).append(_SHORT.get(name, (name, ""))[0])
             for why, names in reasons.items():
-                console.print(f"{row.name}: {', '.join(names)}: {why}", markup=False)
+                console.print(f"{row.name}: {', '.join(names)}: {why}")
 
 
-def _tick(status: str) -> str:
-    return {
-        "yes": "[green]✓[/]",
-        "no": "[yellow]–[/]",
-        "failed": "[bold red]✗[/]",
-        "absent": "[dim]·[/]",
+def _tick(status: str) -> Text:
+    from rich.text import Text
+
+    mark, style = {
+        "yes": ("✓", "green"),
+        "no": ("–", "yellow"),
+        "failed": ("✗", "bold red"),
+        "absent": ("·", "dim"),
     }[status]
+    return Text(mark, style)
 
 
 def _print_extras(console: Console, report: Report) -> None:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="optional", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("name", "here", "what for", "why not, and what mends it"):
         table.add_column(heading, overflow="fold")
     for extra in report.extras:
-        here = f"[green]{extra.version or 'works'}[/]" if extra.works else "[yellow]no[/]"
-        why = "" if extra.works else f"{_plain(extra.cause)}\n[bold]{_plain(extra.mend)}[/]"
+        here, why = Text(extra.version or "works", "green"), Text("")
+        if not extra.works:
+            here, why = Text("no", "yellow"), Text.assemble(extra.cause, "\n", (extra.mend, "bold"))
         table.add_row(extra.name, here, extra.purpose, why)
     console.print(table)
 
@@ -136,11 +144,5 @@ def _print_choices(console: Console, report: Report) -> None:
     for heading in ("case", "dtype", "backend", "form", "reason"):
         table.add_column(heading, overflow="fold")
     for row in report.choices:
-        table.add_row(row.case, row.dtype, row.backend, row.form, _plain(row.reason))
+        table.add_row(row.case, row.dtype, row.backend, row.form, row.reason)
     console.print(table)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -9,15 +9,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from olmo_core.cli.streams import read_stdin
+from olmo_core.cli.tables import path_of
 from olmo_core.exceptions import OLMoConfigurationError
 
 if TYPE_CHECKING:
+    import torch
+
     from olmo_core.nn.transformer import Transformer
 
 
 def command(
     checkpoint: Annotated[
-        Path, typer.Option("--checkpoint", "-c", help="A run's folder, or one step-* folder in it.")
+        Path,
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            metavar="FOLDER",
+            parser=path_of("--checkpoint"),
+            help="A run's folder, or one step-* folder in it.",
+        ),
     ],
     prompts: Annotated[
         list[str] | None,
@@ -48,29 +59,34 @@ def command(
     """Continue text with a trained model; a single continuation is printed as it comes."""
     from olmo_core.data import EOD, decode, encode
     from olmo_core.nn.transformer import generate
+    from olmo_core.nn.transformer.generation import check_request
+    from olmo_core.utils import checked_device
 
-    texts = [sys.stdin.read() if text == "-" else text for text in prompts or [""]]
-    model, trained = _load(checkpoint, device)
-    longest = max(len(encode(text)) for text in texts) + max_tokens
+    texts = _texts(prompts)
+    encoded = [encode(text) for text in texts]
+    where = checked_device(device)
+    try:
+        check_request(encoded, max_tokens, temperature, top_p, seed)
+    except ValueError as error:
+        raise OLMoConfigurationError(str(error)) from error
+    longest = max(map(len, encoded)) + max_tokens
+    model, trained = _load(checkpoint, where, (len(texts), longest) if cache else None)
     if longest > trained:
         print(
             f"The model was trained on documents of at most {trained} tokens, this text may reach "
             f"{longest}: expect it to get worse.",
             file=sys.stderr,
         )
-    try:
-        steps = generate(
-            model,
-            [encode(text) for text in texts],
-            max_new_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            end_token=EOD,
-            use_cache=cache,
-        )
-    except ValueError as error:
-        raise OLMoConfigurationError(str(error)) from error
+    steps = generate(
+        model,
+        encoded,
+        max_new_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        end_token=EOD,
+        use_cache=cache,
+    )
 
     if len(texts) == 1:
         # A character's bytes come one by one: they are printed once they are complete.
@@ -90,20 +106,38 @@ def command(
         _print(f"--- {i + 1} ---\n{text}{decode(row)}\n")
 
 
-def _load(path: Path, device: str | None) -> tuple[Transformer, int]:
-    """The model, and the longest document that it has seen."""
-    from olmo_core.train.checkpoint import find_checkpoint
-    from olmo_core.train.config import TrainConfig
-    from olmo_core.train.trainer import get_device
+def _texts(prompts: list[str] | None) -> list[str]:
+    texts = prompts or [""]
+    if "-" in texts:
+        stdin = read_stdin()
+        texts = [stdin if text == "-" else text for text in texts]
+    return texts
 
-    where = get_device(device)
-    found, problems = find_checkpoint(path)
+
+def _load(
+    path: Path, device: torch.device, cache: tuple[int, int] | None
+) -> tuple[Transformer, int]:
+    """The model, and the longest document that it has seen.
+
+    :param cache: how many rows of how many tokens must fit beside it.
+    """
+    from olmo_core.memory import expect_room
+    from olmo_core.train.checkpoint import load_model
+    from olmo_core.train.config import TrainConfig
+
+    found, weights, problems = load_model(path)
     for problem in problems:
         print(f"{problem}; using {found.folder.name}", file=sys.stderr)
     config = TrainConfig.from_dict(found.config)
     model = config.model.build(init_device="meta")
-    model.load_state_dict(found.model(), assign=True)
-    return model.to(where).eval(), config.data.max_doc_len or config.data.sequence_length
+    tensors = [*weights.values()]
+    if cache is not None:
+        with model.decoding(*cache):
+            tensors += model.buffers()
+    n_bytes = sum(tensor.nbytes for tensor in tensors)
+    expect_room("the model and its caches (--max-tokens)", n_bytes, device)
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval(), config.data.max_doc_len or config.data.sequence_length
 
 
 def _print(text: str) -> None:

@@ -6,16 +6,17 @@ A command is a module of this package with a function ``command``. It is importe
 
 from __future__ import annotations
 
-import functools
+import errno
 import importlib
 import sys
-from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from olmo_core import __version__
+from olmo_core.cli.streams import prepare_streams, silence_stdout
 from olmo_core.exceptions import OLMoConfigurationError, OLMoError
 
 COMMANDS = {
@@ -40,8 +41,34 @@ class _LazyGroup(TyperGroup):
             return TyperCommand(cmd_name, help=COMMANDS[cmd_name])
         module = importlib.import_module(f"olmo_core.cli.{cmd_name}")
         single = typer.Typer(add_completion=False)
-        single.command(cmd_name)(_with_messages(module.command))
+        single.command(cmd_name)(module.command)
         return typer.main.get_command(single)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """A mistake that can be named costs one message: exit 2 for what was asked, else 1."""
+        prepare_streams()
+        try:
+            try:
+                return super().main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()  # a full disk is told now, not by a traceback at the exit
+        except OLMoError as error:
+            _complain(str(error))
+            sys.exit(2 if isinstance(error, OLMoConfigurationError) else 1)
+        except OSError as error:
+            if error.errno != errno.EPIPE:  # whoever read the output has seen enough
+                where = "standard output" if error.filename is None else error.filename
+                _complain(f"{where}: {error.strerror or error}")
+            silence_stdout()
+            sys.exit(1)
+        except (RuntimeError, MemoryError) as error:
+            from olmo_core.memory import ran_out_of_memory
+
+            if not ran_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or ["no memory is left"])[0]
+            _complain(f"out of memory, choose smaller sizes: {reason[:200]}")
+            sys.exit(1)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._writes_help = True
@@ -69,15 +96,6 @@ def main(
     """Attention layers where packed = separate = cached = the dense float64 reference."""
 
 
-def _with_messages(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A mistake that the library names costs one message: exit 2 for what was asked, else 1."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except OLMoError as error:
-            print(f"Error: {error}", file=sys.stderr)
-            raise typer.Exit(2 if isinstance(error, OLMoConfigurationError) else 1) from error
-
-    return run
+def _complain(message: str) -> None:
+    with suppress(OSError):
+        print(f"Error: {message}", file=sys.stderr, flush=True)

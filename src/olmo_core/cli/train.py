@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -9,10 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from olmo_core.cli.streams import SteadyOutput
+from olmo_core.cli.tables import path_of
 from olmo_core.exceptions import OLMoConfigurationError
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
     from olmo_core.train.checkpoint import Checkpoint
     from olmo_core.train.config import TrainConfig
+    from olmo_core.train.folder import RunFolder
     from olmo_core.train.trainer import Trainer
 
 
@@ -42,25 +46,36 @@ def command(
     run: Annotated[
         Path | None,
         typer.Option(
-            "--run", help="Folder for checkpoints, metrics and plot.  [default: runs/PRESET]"
+            "--run",
+            metavar="FOLDER",
+            parser=path_of("--run"),
+            help="Folder for checkpoints, metrics and plot.  [default: runs/PRESET]",
         ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Text or .jsonl file, or a folder of them (also .gz)."),
+        typer.Option(
+            "--data", metavar="PATH", help="Text or .jsonl file, or a folder of them (also .gz)."
+        ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option("--steps", help="Optimizer steps."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the folder's last checkpoint, if any.")
+        bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove the folder's earlier run first.")
     ] = False,
     sample: Annotated[
-        int, typer.Option("--sample", help="Tokens (bytes) of the sample at the end; 0 is none.")
+        int,
+        typer.Option(
+            "--sample",
+            min=0,
+            max=100_000,
+            help="Tokens (bytes) of the sample at the end; 0 is none.",
+        ),
     ] = 250,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the configuration and stop.")
@@ -74,34 +89,44 @@ def command(
     _set_environment()
 
     from olmo_core.cli import tables
+    from olmo_core.train.folder import RunFolder
     from olmo_core.train.presets import DEFAULT_PRESET, get_preset
     from olmo_core.train.trainer import Trainer
 
     if resume and overwrite:
         raise OLMoConfigurationError("--resume and --overwrite exclude each other: choose one")
-    run = Path("runs") / (preset or DEFAULT_PRESET) if run is None else run
+    name = DEFAULT_PRESET if preset is None else preset
+    changes = _changes(overrides, data, steps)
+    if not resume or show_config:
+        config = get_preset(name).merge(changes)
+        config.check()
+        if show_config:
+            tables.console().print_json(data=config.as_dict())
+            return
+    folder = RunFolder(Path("runs") / name if run is None else run)
+    _check_folder(folder, resume, overwrite)
+    output = SteadyOutput(sys.stdout)
+    console = tables.console(cast("IO[str]", output))
+    with folder.held():
+        checkpoint = None
+        if resume:
+            checkpoint = _last_checkpoint(folder.path, console)
+            config = _config_of(checkpoint, preset, changes)
+        trainer = Trainer(config, folder, checkpoint=checkpoint, overwrite=overwrite)
+        _train(trainer, sample, console)
+    if output.failure is not None:
+        raise output.failure
+
+
+def _changes(overrides: list[str] | None, data: str | None, steps: int | None) -> list[str]:
     changes = list(overrides or [])
     if data is not None:
-        changes.append(f"data.path={Path(data).expanduser().resolve()}")
+        # An empty path stays one: resolved it would be the current folder.
+        path = str(Path(os.path.expanduser(data)).resolve()) if data.strip() else data
+        changes.append(f"data.path={json.dumps(path)}")
     if steps is not None:
         changes.append(f"steps={steps}")
-
-    console = tables.console()
-    checkpoint = None
-    if show_config:
-        config = get_preset(preset or DEFAULT_PRESET).merge(changes)
-    elif resume and (checkpoint := _last_checkpoint(run, console)):
-        config = _config_of(checkpoint, preset, changes)
-    else:
-        config = get_preset(preset or DEFAULT_PRESET).merge(changes)
-        _check_folder(run, resume, overwrite)
-    config.check()
-    if show_config:
-        console.print_json(data=config.as_dict())
-        return
-
-    trainer = Trainer(config, run, checkpoint=checkpoint, overwrite=overwrite)
-    _train(trainer, sample, console)
+    return changes
 
 
 def _set_environment() -> None:
@@ -120,6 +145,8 @@ def _train(trainer: Trainer, sample: int, console: Console) -> None:
     from olmo_core.cli import train_report as report
 
     report.print_header(trainer, console)
+    if (failure := cast("SteadyOutput", console.file).failure) is not None:
+        raise failure  # later the run is worth more than its report
     start, began = trainer.step, time.monotonic()
     progress = report.TrainingProgress(trainer, console)
     with _stopping_on_signals(trainer, console), progress:
@@ -127,21 +154,21 @@ def _train(trainer: Trainer, sample: int, console: Console) -> None:
     seconds = time.monotonic() - began
     report.print_summary(trainer, summary, summary.step - start, seconds, console)
     if summary.stopped_by is not None:
-        print(f"Stopped. Go on with: olmo-core train --run {trainer.run} --resume")
+        again = f"olmo-core train --run {trainer.run} --resume"
+        console.print(f"Stopped. Go on with: {again}", soft_wrap=True)
         raise typer.Exit(128 + summary.stopped_by)
     if sample > 0:
         report.print_sample(trainer, sample, console)
-    print(f'More of it: olmo-core generate -c {trainer.run} "ROMEO:"')
+    console.print(f'More of it: olmo-core generate -c {trainer.run} "ROMEO:"', soft_wrap=True)
 
 
-def _last_checkpoint(run: Path, console: Console) -> Checkpoint | None:
-    from olmo_core.train.checkpoint import checkpoint_folders, find_checkpoint
+def _last_checkpoint(run: Path, console: Console) -> Checkpoint:
+    from olmo_core.train.checkpoint import find_checkpoint
 
-    if not checkpoint_folders(run):
-        return None
     checkpoint, problems = find_checkpoint(run)
     for problem in problems:
-        console.print(f"[yellow]{problem}; going on from {checkpoint.folder.name}[/yellow]")
+        message = f"{problem}; going on from {checkpoint.folder.name}"
+        console.print(message, style="yellow", soft_wrap=True)
     return checkpoint
 
 
@@ -164,21 +191,29 @@ def _config_of(checkpoint: Checkpoint, preset: str | None, changes: list[str]) -
     return config
 
 
-def _check_folder(run: Path, resume: bool, overwrite: bool) -> None:
-    from olmo_core.train.folder import run_files
+def _check_folder(folder: RunFolder, resume: bool, overwrite: bool) -> None:
+    """What is in the folder must go with what was asked."""
+    from olmo_core.train.checkpoint import checkpoint_folders
 
-    if not run.exists():
-        return
-    if not run.is_dir():
+    run = folder.path
+    if os.path.isfile(run):
         raise OLMoConfigurationError(f"--run {run} is a file: give a folder")
-    ours = run_files(run)
-    if ours and not resume and not overwrite:
+    exists = os.path.isdir(run)
+    if resume and not (exists and checkpoint_folders(run)):
+        why = "holds no checkpoint" if exists else "does not exist"
+        raise OLMoConfigurationError(
+            f"there is nothing to resume: {run} {why}. Leave out --resume to start a run in it"
+        )
+    if not exists or resume:
+        return
+    earlier = folder.earlier()
+    if earlier and not overwrite:
         raise OLMoConfigurationError(
             f"{run} holds an earlier run: --resume goes on with it, --overwrite removes it, "
             "another --run keeps both"
         )
-    others = sorted(path.name for path in run.iterdir() if path not in ours)
-    if others and not ours:
+    others = folder.others()
+    if others and not earlier:
         raise OLMoConfigurationError(
             f"{run} is not empty ({', '.join(others[:3])}, ...): choose another folder with --run"
         )
@@ -187,7 +222,10 @@ def _check_folder(run: Path, resume: bool, overwrite: bool) -> None:
 @contextmanager
 def _stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
     """The first signal ends the run after its step; the second takes its usual course."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    # What is ignored stays so: nohup, for example, means that a hangup is to be ignored.
+    before = {n: handler for n, handler in before.items() if handler is not signal.SIG_IGN}
 
     def stop(number: int, _frame: object) -> None:
         trainer.stop_signal = number

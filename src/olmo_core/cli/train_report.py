@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from olmo_core.cli.tables import named
 from olmo_core.data import EOD, decode
+from olmo_core.data.documents import SUFFIXES
 from olmo_core.nn.transformer import generate
+from olmo_core.train.folder import METRICS, PLOT
 from olmo_core.train.metrics import Row, read_metrics
 from olmo_core.train.plot import plot_losses
 from olmo_core.train.trainer import Summary, Trainer
@@ -69,25 +72,24 @@ def print_header(trainer: Trainer, console: Console) -> None:
     """The model's and the data's size."""
     data = trainer.config.data
     flops = trainer.model.num_flops_per_token(trainer.data.max_doc_len)
-    table = _table()
-    table.add_row(
-        "model",
+    rows: dict[str, str] = {}
+    rows["model"] = (
         f"{trainer.model.num_params():,} parameters, {flops / 1e6:.1f} MFLOP a token, on "
-        f"{trainer.device}",
+        f"{trainer.device}"
     )
-    table.add_row("text", data.path or "the embedded corpus: Shakespeare's plays")
-    table.add_row(
-        "tokens",
-        f"{trainer.data.num_tokens:,} to train on, {trainer.held_out.num_tokens:,} held out",
+    rows["text"] = data.path or "the embedded corpus: Shakespeare's plays"
+    if trainer.skipped:
+        rows["skipped"] = _names(trainer.skipped, data.path or "")
+    rows["tokens"] = (
+        f"{trainer.data.num_tokens:,} to train on, {trainer.held_out.num_tokens:,} held out"
     )
-    table.add_row(
-        "batch",
+    rows["batch"] = (
         f"{data.batch_size} x {data.sequence_length} tokens of packed documents, at most "
-        f"{trainer.data.max_doc_len} each",
+        f"{trainer.data.max_doc_len} each"
     )
     if trainer.step:
-        table.add_row("from", f"step {trainer.step}")
-    console.print(table, soft_wrap=True)
+        rows["from"] = f"step {trainer.step}"
+    _print_rows(rows, console)
 
 
 def print_summary(
@@ -99,27 +101,25 @@ def print_summary(
     """
     run = trainer.run
     tokens = steps * trainer.config.data.batch_size * trainer.config.data.sequence_length
-    table = _table()
-    table.add_row("steps", f"{summary.step} of {trainer.config.steps}")
+    rows: dict[str, str] = {}
+    rows["steps"] = f"{summary.step} of {trainer.config.steps}"
     if steps:
-        table.add_row(
-            "time", f"{seconds:.0f} s, {tokens / seconds:,.0f} tokens/s with all interruptions"
-        )
+        rows["time"] = f"{seconds:.0f} s, {tokens / seconds:,.0f} tokens/s with all interruptions"
     if summary.held_out is not None:
         gain = summary.bigram - summary.held_out
         words = "better than" if gain > 0 else "worse than"
-        table.add_row(
-            "held-out text",
+        rows["held-out text"] = (
             f"{summary.held_out:.3f} bits/byte: {abs(gain):.3f} {words} the bigram model's "
-            f"{summary.bigram:.3f}",
+            f"{summary.bigram:.3f}"
         )
-    table.add_row("checkpoint", str(summary.checkpoint))
-    rows = read_metrics(run / "metrics.jsonl")
-    if any("held_out" in row for row in rows):
-        plot = run / "loss.png"
-        drawn = plot_losses(rows, summary.bigram, plot, f"{run.name}: loss")
-        table.add_row("plot", str(plot) if drawn else "pip install 'olmo-attention[plot]' draws it")
-    console.print(table, soft_wrap=True)
+    rows["checkpoint"] = str(summary.checkpoint)
+    metrics = read_metrics(run / METRICS)
+    if any("held_out" in row for row in metrics):
+        plot = run / PLOT
+        with named(plot):
+            drawn = plot_losses(metrics, summary.bigram, plot, f"{run.name}: loss")
+        rows["plot"] = str(plot) if drawn else "pip install 'olmo-attention[plot]' draws it"
+    _print_rows(rows, console)
 
 
 def print_sample(trainer: Trainer, tokens: int, console: Console) -> None:
@@ -134,9 +134,18 @@ def print_sample(trainer: Trainer, tokens: int, console: Console) -> None:
         end_token=EOD,
     )
     console.rule("a sample", align="left")
-    console.print(decode(token for (token,) in steps if token is not None), markup=False)
+    console.print(decode(token for (token,) in steps if token is not None))
     console.rule()
 
 
-def _table() -> Table:
-    return Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+def _names(files: list[Path], folder: str) -> str:
+    names = ", ".join(os.path.relpath(file, folder) for file in files[:5])
+    more = f" and {len(files) - 5:,} more" if len(files) > 5 else ""
+    return f"{names}{more}: no file of {', '.join(SUFFIXES)}, with or without .gz"
+
+
+def _print_rows(rows: dict[str, str], console: Console) -> None:
+    """Two columns; a line may be longer than the terminal, so that a path stays whole."""
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        console.print(f"{name:{width}}  {value}", soft_wrap=True)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from olmo_core.cli.tables import path_of
 from olmo_core.exceptions import OLMoConfigurationError
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from rich.text import Text
 
     from olmo_core.diagnostics.verify import Cell, Outcome
 
@@ -42,7 +44,10 @@ def command(
         bool, typer.Option("--quick", help="float32 and bfloat16, and fewer layers.")
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write every cell to a file.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", parser=path_of("--json"), help="Write every cell to a file."
+        ),
     ] = None,
     jobs: Annotated[
         int,
@@ -67,21 +72,27 @@ def command(
     from olmo_core.cli import tables
     from olmo_core.diagnostics import machine as machines
     from olmo_core.diagnostics import verify
+    from olmo_core.utils import checked_device
 
+    most = 4 * (os.cpu_count() or 1)
+    if jobs > most:
+        raise OLMoConfigurationError(
+            f"--jobs {jobs} is more than four processes a core: choose at most {most}."
+        )
     backends = [machines.checked_backend(name) for name in backend or ()]
     todo = verify.cells(mixer or None, backends or None, quick=quick)
     if not todo:
         raise OLMoConfigurationError(
             "Nothing to verify: the gated delta net runs on the torch backend alone."
         )
-    where = machines.checked_device(device)
+    where = checked_device(device)
     if json_file is not None:
         machines.checked_output("--json", json_file)
 
     start = time.perf_counter()
     console = tables.console()
     facts = machines.describe(where)
-    console.print(str(facts), style="dim", markup=False)
+    console.print(str(facts), style="dim")
     outcomes, interrupted = _run(todo, where, jobs)
     _print_tables(console, outcomes)
     _print_skipped(console, outcomes)
@@ -127,6 +138,7 @@ def _print_tables(console: Console, outcomes: list[Outcome]) -> None:
     """One table for each backend of which something ran: rows in the order of the cells."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from olmo_core.config import DType
 
@@ -144,7 +156,7 @@ def _print_tables(console: Console, outcomes: list[Outcome]) -> None:
         table.add_column("property", no_wrap=len(dtypes) < 5)
         for dtype in dtypes:
             table.add_column(str(DType.from_pt(dtype)), no_wrap=True)
-        rows: dict[tuple[str, str], dict[torch.dtype, str]] = {}
+        rows: dict[tuple[str, str], dict[torch.dtype, Text]] = {}
         for o in mine:
             rows.setdefault((o.cell.mixer, o.cell.title), {})[o.cell.dtype] = _cell(o)
         above = None
@@ -152,19 +164,21 @@ def _print_tables(console: Console, outcomes: list[Outcome]) -> None:
             if above is not None and mixer != above:
                 table.add_section()
             name = "" if mixer == above else mixer
-            table.add_row(name, title, *(row.get(d, "[dim]skipped[/]") for d in dtypes))
+            table.add_row(name, title, *(row.get(d, Text("skipped", "dim")) for d in dtypes))
             above = mixer
         console.print(table)
 
 
-def _cell(o: Outcome) -> str:
+def _cell(o: Outcome) -> Text:
+    from rich.text import Text
+
     from olmo_core.cli.tables import number
 
-    color = "green" if o.status == "passed" else "bold red"
+    style = "green" if o.status == "passed" else "bold red"
     if o.error is None or o.bound is None:
-        return f"[{color}]raised[/]"
+        return Text("raised", style)
     sign = "≤" if o.status == "passed" else ">"
-    return f"[{color}]{number(o.error)} {sign} {number(o.bound, 0)}[/]"
+    return Text(f"{number(o.error)} {sign} {number(o.bound, 0)}", style)
 
 
 def _print_skipped(console: Console, outcomes: list[Outcome]) -> None:
@@ -174,12 +188,12 @@ def _print_skipped(console: Console, outcomes: list[Outcome]) -> None:
         console.print("skipped, and why", style="bold")
     for backend in dict.fromkeys(o.cell.backend for o in skipped):
         mine = [o for o in skipped if o.cell.backend == backend]
-        console.print(f"{backend}: {len(mine)} cells", markup=False)
+        console.print(f"{backend}: {len(mine)} cells")
         for reason in dict.fromkeys(r for o in mine for r in o.reasons):
             about = [o for o in mine if reason in o.reasons]
             titles = list(dict.fromkeys(o.cell.title for o in about))
             what = f"{', '.join(titles)}: " if len(about) < len(mine) and len(titles) < 4 else ""
-            console.print(f"  - {what}{reason}", markup=False, style="dim")
+            console.print(f"  - {what}{reason}", style="dim")
 
 
 def _print_failed(console: Console, outcomes: list[Outcome]) -> int:
@@ -187,16 +201,16 @@ def _print_failed(console: Console, outcomes: list[Outcome]) -> int:
 
     failed = [o for o in outcomes if o.status == "failed"]
     for o in failed[:_FAILURES_IN_FULL]:
-        console.print(f"FAILED {o.cell}", style="bold red", markup=False)
+        console.print(f"FAILED {o.cell}", style="bold red")
         for reason in o.reasons:
-            console.print(f"  {reason}", markup=False)
+            console.print(f"  {reason}")
         if o.error is not None and o.bound is not None:
             allowed = f"and {number(o.bound)} is allowed"
-            console.print(f"  {o.tensor} is off by {number(o.error)}, {allowed}", markup=False)
+            console.print(f"  {o.tensor} is off by {number(o.error)}, {allowed}")
     if len(failed) > _FAILURES_IN_FULL:
         rest = len(failed) - _FAILURES_IN_FULL
         console.print(f"and {rest} more: see the table, or --json FILE", style="bold red")
     for mixer, backend in dict.fromkeys((o.cell.mixer, o.cell.backend) for o in failed):
         again = f"olmo-core verify --mixer {mixer} --backend {backend}"
-        console.print(f"again: {again}", markup=False)
+        console.print(f"again: {again}")
     return len(failed)

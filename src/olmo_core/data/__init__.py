@@ -8,7 +8,7 @@ from olmo_core.data.doc_lens import (
     doc_lens_from_position_ids,
     leftpad_from_attention_mask,
 )
-from olmo_core.data.documents import DataError, load_documents, split_documents
+from olmo_core.data.documents import DataError, data_files, load_documents, split_documents
 from olmo_core.data.packing import IGNORE_INDEX, PackedBatch, PackedDocuments
 from olmo_core.data.tokens import EOD, VOCAB_SIZE, decode, encode
 
@@ -20,6 +20,7 @@ __all__ = [
     "DocLens",
     "PackedBatch",
     "PackedDocuments",
+    "data_files",
     "decode",
     "doc_lens_from_attention_mask",
     "doc_lens_from_lengths",

@@ -13,8 +13,22 @@ import torch
 from torch import Tensor
 
 from olmo_core.config import StrEnum
+from olmo_core.memory import expect_room
 
-__all__ = ["BenchCase", "Problem", "Settings", "default_settings", "document_lengths"]
+__all__ = [
+    "MAX_SECONDS",
+    "MAX_SIZE",
+    "BenchCase",
+    "Problem",
+    "Settings",
+    "checked_tokens",
+    "default_settings",
+    "document_lengths",
+    "expect_problems_fit",
+]
+
+MAX_SIZE = 2**31 - 1  # kernels count in int32
+MAX_SECONDS = 3600
 
 
 class BenchCase(StrEnum):
@@ -180,3 +194,14 @@ class Problem:
 def checked_tokens(tokens: Sequence[int]) -> tuple[int, ...]:
     """Lengths in order, each once."""
     return tuple(sorted(set(tokens)))
+
+
+def expect_problems_fit(
+    cases: Sequence[BenchCase], settings: Settings, device: torch.device
+) -> None:
+    """:raises OLMoConfigurationError: if the largest problem's inputs exceed the memory."""
+    s, longest = settings, max(settings.tokens)
+    heads = s.n_heads * (BenchCase.decode not in cases or len(cases) > 1) + 2 * s.n_kv_heads
+    rows = s.decode_batch if list(cases) == [BenchCase.decode] else s.batch
+    n_bytes = rows * longest * heads * s.head_dim * s.dtype.itemsize
+    expect_room(f"inputs of {longest} tokens ({s})", n_bytes, device)

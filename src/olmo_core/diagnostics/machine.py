@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import platform
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,10 @@ import torch
 
 from olmo_core import __version__
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.utils import get_default_device
 
 __all__ = [
     "Machine",
     "checked_backend",
-    "checked_device",
     "checked_output",
     "describe",
     "probe_head_dim",
@@ -82,27 +83,6 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def checked_device(name: str | None) -> torch.device:
-    """The device called ``name``, or the default one.
-
-    :raises OLMoConfigurationError: If there is no such device here.
-    """
-    if name is None:
-        return get_default_device()
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).add_(1)
-    except Exception as e:  # torch raises AssertionError, RuntimeError and its own classes
-        found = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
-        raise OLMoConfigurationError(
-            f"--device {name} can't be used here ({why}). Choose one of: {found}."
-        ) from e
-    if device.type == "meta":
-        raise OLMoConfigurationError("--device meta has no values to compute with.")
-    return device
-
-
 def checked_backend(name: str) -> str:
     """:raises OLMoConfigurationError: If there is no backend called ``name``."""
     from olmo_core.nn.attention.capabilities import CAPABILITIES
@@ -115,14 +95,27 @@ def checked_backend(name: str) -> str:
 
 
 def checked_output(option: str, path: Path) -> Path:
-    """A file that can be written at the end of a long run.
+    """A file that can be written at the end of a long run: it is tried, and left as it was.
 
-    :raises OLMoConfigurationError: If its folder does not exist, or it is a folder itself.
+    :raises OLMoConfigurationError: If it can't be made or written.
     """
-    if path.is_dir():
-        raise OLMoConfigurationError(f"{option} {path} is a folder; give the name of a file.")
-    if not path.absolute().parent.is_dir():
-        raise OLMoConfigurationError(f"{option} {path}: the folder {path.parent} does not exist.")
+    try:
+        if path.is_dir():
+            raise OLMoConfigurationError(f"{option} {path} is a folder; give the name of a file.")
+        there = path.exists()
+        with path.open("ab") as file:
+            if not there:
+                file.write(bytes(4096))
+        if not there:
+            path.unlink()
+        elif path.is_file() and shutil.disk_usage(path).free == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        if not path.absolute().parent.is_dir():
+            why = f"the folder {path.parent} does not exist"
+        else:
+            why = error.strerror or str(error)
+        raise OLMoConfigurationError(f"{option} {path} can't be written: {why}.") from error
     return path
 
 

@@ -1,10 +1,11 @@
 """Checkpoints that are whole or absent.
 
 A run's folder holds ``step-00000200/`` with ``model.safetensors``, ``training.safetensors``
-(optimizer and random generators) and ``state.json`` (step, configuration, and the digest of both
-files). A checkpoint is written into a hidden folder, synced to the disk and renamed: whenever the
-process dies, each ``step-*`` folder is complete. The last two are kept, so that a file damaged
-later costs the steps between them, not the run.
+(optimizer and random generators) and ``state.json`` (step, configuration, the digests of both
+files, and its own). A checkpoint is written into a hidden folder, synced to the disk and renamed,
+and renamed again before it is removed: whenever the process dies and whoever reads beside it, each
+``step-*`` folder is complete. The last two are kept, so that a file damaged later costs the steps
+between them, not the run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from olmo_core.exceptions import OLMoError
+from olmo_core.train.disk import digest, hide, remove_folder, sync, sync_folder
+from olmo_core.train.errors import CheckpointError, TrainingError
 
-FORMAT = 1
+FORMAT = 2
 MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
-
-
-class CheckpointError(OLMoError):
-    """A checkpoint that is missing, damaged, or could not be written."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,18 @@ class Checkpoint:
     extra: dict[str, Any]
 
     def model(self) -> dict[str, Tensor]:
-        return load_file(self.folder / MODEL)
+        """:raises CheckpointError: if a weight is not finite."""
+        return self._load(MODEL)
 
     def training(self) -> dict[str, Tensor]:
-        return load_file(self.folder / TRAINING)
+        """:raises CheckpointError: if the optimizer's state is not finite."""
+        return self._load(TRAINING)
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        tensors = load_file(self.folder / name)
+        if wrong := not_finite(tensors):
+            raise CheckpointError(f"{self.folder} can't be used: {wrong}")
+        return tensors
 
 
 def save_checkpoint(
@@ -62,30 +70,34 @@ def save_checkpoint(
     """Write the checkpoint of ``step``, then remove all but the last ``keep``.
 
     :returns: its folder.
+    :raises TrainingError: if a tensor is not finite.
     :raises CheckpointError: if the disk refuses; earlier checkpoints are then untouched.
     """
-    target = run / f"step-{step:08d}"
-    hidden = run / f".writing-step-{step:08d}"
+    for tensors in (model, training):
+        if wrong := not_finite(tensors):
+            raise TrainingError(f"step {step}: {wrong}: training diverged")
+    target = run / _name(step)
+    hidden = run / f".writing-{target.name}"
     try:
         run.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir()
-        digests = {}
+        files = {}
         for name, tensors in ((MODEL, model), (TRAINING, training)):
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, hidden / name)
-            digests[name] = _sync(hidden / name)
+            sync(hidden / name)
+            files[name] = digest(hidden / name)
         state = {"format": FORMAT, "step": step, "config": config, "extra": extra or {}}
-        (hidden / STATE).write_text(json.dumps({**state, "sha256": digests}, indent=1) + "\n")
-        for name in digests:
+        (hidden / STATE).write_text(_signed(state | {"files": files}), encoding="utf-8")
+        for name in files:
             # safetensors makes files that their owner alone can read, whatever the umask says.
             shutil.copymode(hidden / STATE, hidden / name)
-        _sync(hidden / STATE)
-        _sync_folder(hidden)
+        sync(hidden / STATE)
+        sync_folder(hidden)
         if target.exists():
-            # Left by a run that went further than the checkpoint it now resumed from.
-            os.rename(target, run / f".old-{target.name}")
+            hide(target)  # left by a run that went further than the checkpoint it resumed from
         os.rename(hidden, target)
-        _sync_folder(run)
+        sync_folder(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(hidden, ignore_errors=True)
         raise CheckpointError(_cannot_write(run, step, error)) from error
@@ -100,61 +112,114 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
     :returns: the checkpoint, and what is wrong with each newer one that was passed over.
     :raises CheckpointError: if there is none.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: give a folder that `olmo-core train` wrote")
-    folders = [path] if (path / STATE).is_file() else checkpoint_folders(path)[::-1]
-    if not folders:
-        raise CheckpointError(f"{path} holds no checkpoint (no folder named step-*)")
-    problems: list[str] = []
-    for folder in folders:
+    while True:
+        if not path.is_dir():
+            what = "is a file" if path.exists() else "does not exist"
+            raise CheckpointError(f"{path} {what}: give a folder that `olmo-core train` wrote")
+        folders = [path] if (path / STATE).is_file() else checkpoint_folders(path)[::-1]
+        if not folders:
+            raise CheckpointError(f"{path} holds no checkpoint (no folder named step-*)")
+        problems: list[str] = []
+        for folder in folders:
+            try:
+                return _verify(folder), problems
+            except (OSError, ValueError, KeyError, RecursionError) as error:
+                if not folder.exists():
+                    break  # a run that goes on beside this process has removed it: look again
+                problems.append(f"{folder.name} is damaged: {_reason(error)}")
+        else:
+            raise CheckpointError(f"{path} holds no usable checkpoint. " + ". ".join(problems))
+
+
+def load_model(path: Path) -> tuple[Checkpoint, dict[str, Tensor], list[str]]:
+    """As :func:`find_checkpoint`, with the weights, also beside a run that goes on.
+
+    :raises CheckpointError: as there, and for weights that are not finite.
+    """
+    while True:
+        checkpoint, problems = find_checkpoint(path)
         try:
-            return _verify(folder), problems
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            problems.append(f"{folder.name} is damaged: {_reason(error)}")
-    raise CheckpointError(f"{path} holds no usable checkpoint. " + ". ".join(problems))
+            return checkpoint, checkpoint.model(), problems
+        except OSError:
+            if checkpoint.folder.exists():
+                raise
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(f for f in run.glob("step-*") if f.is_dir())
+    steps = {folder: _step(folder) for folder in run.glob("step-*") if folder.is_dir()}
+    return sorted((f for f in steps if steps[f] is not None), key=lambda f: steps[f] or 0)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Which tensor holds a value that is not finite; empty if none does."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
+            wrong = tensor.numel() - int(finite.sum())
+            return f"{wrong:,} of {tensor.numel():,} values of {name} are not finite"
+    return ""
+
+
+def retire_newer(run: Path, step: int) -> None:
+    """Set aside checkpoints after ``step``: they were found damaged, not to be found again."""
+    for folder in checkpoint_folders(run):
+        if (_step(folder) or 0) > step:
+            damaged = run / f"damaged-{folder.name}"
+            shutil.rmtree(damaged, ignore_errors=True)
+            os.rename(folder, damaged)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that training draws from: the CPU's, and the device's."""
+    state = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in state:
+        torch.cuda.set_rng_state(state["rng.cuda"], device)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(folder: Path) -> int | None:
+    found = re.fullmatch(r"step-(\d{8,})", folder.name)
+    return None if found is None else int(found[1])
 
 
 def _verify(folder: Path) -> Checkpoint:
-    state = json.loads((folder / STATE).read_text())
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError(f"{STATE} is a {type(state).__name__}, not an object")
     if state["format"] != FORMAT:
         raise ValueError(f"its format is {state['format']}, this version reads {FORMAT}")
-    for name, expected in state["sha256"].items():
-        if _digest(folder / name) != expected:
+    if state.pop("sha256") != _sha256(state):
+        raise ValueError(f"{STATE} is not as it was written (its sha256 differs)")
+    if _step(folder) not in (state["step"], None):
+        raise ValueError(f"it is of step {state['step']}")
+    for name, expected in state["files"].items():
+        if digest(folder / name) != expected:
             raise ValueError(f"{name} is not as it was written (its sha256 differs)")
     return Checkpoint(folder, state["step"], state["config"], state["extra"])
+
+
+def _signed(state: dict[str, Any]) -> str:
+    return json.dumps(state | {"sha256": _sha256(state)}, indent=1) + "\n"
+
+
+def _sha256(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _remove_all_but(run: Path, keep: int) -> None:
     leftovers = [*run.glob(".writing-step-*"), *run.glob(".old-step-*")]
     for folder in [*leftovers, *checkpoint_folders(run)[:-keep]]:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _digest(path)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        remove_folder(folder)
 
 
 def _reason(error: Exception) -> str:
@@ -175,26 +240,3 @@ def _cannot_write(run: Path, step: int, error: Exception) -> str:
         message += " Mend that, then go on with --resume."
     last = checkpoint_folders(run)
     return message + (f" Last whole checkpoint: {last[-1].name}." if last else "")
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of the generators that training draws from: the CPU's, and the device's."""
-    state = {"rng.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["rng.cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["rng.cpu"])
-    if device.type == "cuda" and "rng.cuda" in state:
-        torch.cuda.set_rng_state(state["rng.cuda"], device)
-
-
-def retire_newer(run: Path, step: int) -> None:
-    """Set aside checkpoints after ``step``: they were found damaged, not to be found again."""
-    for folder in checkpoint_folders(run):
-        if folder.name > f"step-{step:08d}":
-            damaged = run / f"damaged-{folder.name}"
-            shutil.rmtree(damaged, ignore_errors=True)
-            os.rename(folder, damaged)

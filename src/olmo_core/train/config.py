@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import torch
+
 from olmo_core.config import Config, DType
+from olmo_core.data import VOCAB_SIZE
 from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.memory import expect_room
 from olmo_core.nn.transformer import TransformerConfig
 
 
@@ -67,40 +72,76 @@ class TrainConfig(Config):
 
     def check(self) -> None:
         """:raises OLMoConfigurationError: for values that no run could use."""
-        at_least_one = ["steps", "eval_every", "eval_batches", "save_every", "log_every"]
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise OLMoConfigurationError(
-                    f"{name} must be at least 1, got {getattr(self, name)}"
-                )
-        data, optimizer = self.data, self.optimizer
+        _expect_numbers(self.as_dict())
+        self._expect_vocabulary()
+        for name in ("steps", "eval_every", "eval_batches", "save_every", "log_every"):
+            _expect(getattr(self, name) >= 1, self, name, "must be at least 1")
+        _expect(0 <= self.seed < 2**32, self, "seed", "must lie in [0, 2**32 - 1]")
+        if self.autocast not in (None, DType.bfloat16, DType.float16):
+            raise OLMoConfigurationError(
+                f"autocast must be bfloat16, float16 or null, got {self.autocast}: set model.dtype "
+                "to compute in another type"
+            )
+        self._check_data()
+        self._check_optimizer()
+        # Of Python's memory alone, a block's modules take more than this.
+        n_bytes = 10_000 * self.model.n_layers
+        expect_room(f"the layers of model.n_layers={self.model.n_layers}", n_bytes, _HOST)
+        self.model.layer_blocks()
+
+    def _expect_vocabulary(self) -> None:
+        if self.model.vocab_size != VOCAB_SIZE:
+            raise OLMoConfigurationError(
+                f"model.vocab_size must be {VOCAB_SIZE}, the 256 bytes and the token that ends a "
+                f"document, got {self.model.vocab_size}"
+            )
+
+    def _check_data(self) -> None:
+        data = self.data
         for name in ("sequence_length", "batch_size"):
-            if getattr(data, name) < 1:
-                raise OLMoConfigurationError(
-                    f"data.{name} must be at least 1, got {getattr(data, name)}"
-                )
+            _expect(getattr(data, name) >= 1, data, name, "must be at least 1")
         if data.max_doc_len is not None and not 1 <= data.max_doc_len <= data.sequence_length:
             raise OLMoConfigurationError(
                 f"data.max_doc_len must lie in [1, data.sequence_length={data.sequence_length}], "
                 f"got {data.max_doc_len}"
             )
-        if not 0 < data.held_out < 1:
-            raise OLMoConfigurationError(f"data.held_out must lie in (0, 1), got {data.held_out}")
-        if not optimizer.lr > 0:
-            raise OLMoConfigurationError(f"optimizer.lr must be positive, got {optimizer.lr}")
-        if not all(0 <= beta < 1 for beta in optimizer.betas):
+        _expect(0 < data.held_out < 1, data, "held_out", "must lie in (0, 1)")
+        if data.path is not None and not data.path.strip():
             raise OLMoConfigurationError(
-                f"optimizer.betas must lie in [0, 1), got {list(optimizer.betas)}"
+                "data.path is empty: name a file or folder, or leave it out for the embedded corpus"
             )
+
+    def _check_optimizer(self) -> None:
+        optimizer = self.optimizer
+        _expect(optimizer.lr > 0, optimizer, "lr", "must be positive")
+        inside = all(0 <= beta < 1 for beta in optimizer.betas)
+        _expect(inside, optimizer, "betas", "must lie in [0, 1)")
         for name in ("eps", "weight_decay", "warmup_steps", "final_lr_fraction"):
-            if not getattr(optimizer, name) >= 0:
-                raise OLMoConfigurationError(
-                    f"optimizer.{name} must not be negative, got {getattr(optimizer, name)}"
-                )
-        if optimizer.grad_clip is not None and not optimizer.grad_clip > 0:
-            raise OLMoConfigurationError(
-                f"optimizer.grad_clip must be positive or null, got {optimizer.grad_clip}"
-            )
-        if not 0 <= self.seed < 2**32:
-            raise OLMoConfigurationError(f"seed must lie in [0, 2**32 - 1], got {self.seed}")
-        self.model.layer_blocks()
+            _expect(getattr(optimizer, name) >= 0, optimizer, name, "must not be negative")
+        clips = optimizer.grad_clip is None or optimizer.grad_clip > 0
+        _expect(clips, optimizer, "grad_clip", "must be positive or null")
+        _expect(self.model.init_std > 0, self.model, "init_std", "must be positive")
+
+
+_HOST = torch.device("cpu")
+_PREFIX = {DataConfig: "data.", OptimizerConfig: "optimizer.", TransformerConfig: "model."}
+
+
+def _expect(holds: bool, config: Config, name: str, what: str) -> None:
+    if not holds:
+        value = getattr(config, name)
+        value = list(value) if isinstance(value, tuple) else value
+        prefix = _PREFIX.get(type(config), "")
+        raise OLMoConfigurationError(f"{prefix}{name} {what}, got {value}")
+
+
+def _expect_numbers(value: object, where: str = "") -> None:
+    """Numbers that computers compute with, whatever they mean: finite, and of 64 bits."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            _expect_numbers(item, f"{where}.{key}".removeprefix("."))
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise OLMoConfigurationError(f"{where} must be finite, got {value}")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise OLMoConfigurationError(f"{where} must be an integer of 64 bits, got {value}")

@@ -38,14 +38,20 @@ def read_metrics(path: Path) -> list[Row]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # The process was killed while it wrote this line.
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if _is_row(row):
             rows.append(row)
     return rows
+
+
+def _is_row(row: object) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return False
+    return all(isinstance(value, int | float) for value in row.values())
 
 
 def _line(row: Row) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 from olmo_core.train.metrics import Row
@@ -31,11 +32,14 @@ def plot_losses(rows: list[Row], bigram: float, path: Path, title: str) -> bool:
         label = f"held-out text ({held_out[-1][1]:.2f} at the end)"
         axes.plot(*zip(*held_out, strict=True), color="C0", marker="o", markersize=3, label=label)
     axes.axhline(bigram, color="C3", linestyle="--", label=f"bigram model ({bigram:.2f})")
-    axes.set(xlabel="step", ylabel="bits per byte", title=title)
+    axes.set(xlabel="step", ylabel="bits per byte")
+    axes.set_title(title, parse_math=False)  # a folder may be called $x$
     # The first steps start at 8 bits and would squeeze the rest of the curve.
     low = min([value for _, value in train + held_out] + [bigram])
     axes.set_ylim(max(0.0, low - 0.2), bigram + 1.5)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of letters that the font does not have
+        figure.savefig(path, dpi=130)
     return True

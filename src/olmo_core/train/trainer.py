@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import time
@@ -15,30 +14,29 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from olmo_core.data import EOD, PackedBatch, PackedDocuments, load_documents, split_documents
-from olmo_core.exceptions import OLMoConfigurationError, OLMoError
+from olmo_core.data import (
+    EOD,
+    PackedBatch,
+    PackedDocuments,
+    data_files,
+    load_documents,
+    split_documents,
+)
+from olmo_core.memory import ran_out_of_memory
 from olmo_core.nn.transformer import Transformer
 from olmo_core.train.bigram import Bigram, bits_per_byte
-from olmo_core.train.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    random_state,
-    retire_newer,
-    save_checkpoint,
-    set_random_state,
-)
+from olmo_core.train.checkpoint import Checkpoint, random_state, set_random_state
 from olmo_core.train.config import TrainConfig
-from olmo_core.train.folder import remove_run
-from olmo_core.train.metrics import Metrics, Row
+from olmo_core.train.errors import CheckpointError, TrainingError
+from olmo_core.train.folder import RunFolder
+from olmo_core.train.metrics import Row
+from olmo_core.train.resume import TEXTS, expect_same_settings, expect_same_texts
 from olmo_core.train.schedule import cosine_with_warmup
-from olmo_core.utils import get_default_device, seed_all
+from olmo_core.train.sizes import checkpoint_bytes, expect_it_fits
+from olmo_core.utils import checked_device, seed_all
 
 # The last look at the held-out text takes this many times the batches of the others.
 FINAL_LOOK = 4
-
-
-class TrainingError(OLMoError):
-    """A run that cannot start or go on."""
 
 
 class Observer(Protocol):
@@ -72,84 +70,106 @@ class Trainer:
     :param run: the folder for checkpoints and ``metrics.jsonl``; made if it is missing.
     :param checkpoint: where to go on, of a run with the same model.
     :param overwrite: whether :meth:`fit` first removes what an earlier run left in the folder.
-    :raises OLMoError: for a configuration, data or checkpoint that does not fit.
+    :raises OLMoError: for a configuration, folder, data or checkpoint that does not fit.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        run: Path,
+        run: Path | RunFolder,
         *,
         checkpoint: Checkpoint | None = None,
         overwrite: bool = False,
     ) -> None:
         config.check()
+        if checkpoint is not None:
+            expect_same_settings(checkpoint, config)
         self.config = config
-        self.run = run
+        self.device = checked_device(config.device)
+        self.skipped = [] if config.data.path is None else data_files(config.data.path).skipped
+        expect_it_fits(config, self.device)
+        self.model = config.model.build(init_device="meta")
+        self.folder = run if isinstance(run, RunFolder) else RunFolder(run)
         self.overwrite = overwrite
-        self.device = get_device(config.device)
         self.stop_signal: int | None = None
         self.step = 0
-
-        train, held_out = split_documents(load_documents(config.data.path), config.data.held_out)
-        self.data = self._pack(train)
-        self.held_out = self._pack(held_out)
-        self.data_digest = _digest(train)
-        self.bigram = Bigram(self.data.stream)
-
-        seed_all(config.seed)
-        self.model = config.model.build(init_device="meta").to_empty(device=self.device)
-        self.model.init_weights(seed=config.seed)
-        self.optimizer = _adamw(self.model, config)
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        with self.folder.held():
+            self.folder.expect_room(checkpoint_bytes(config))
+            self._load_data()
+            self._init_weights()
+            if checkpoint is not None:
+                self._restore(checkpoint)
         self.forward = torch.compile(self.model) if config.compile else self.model
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.folder.path
 
     def fit(self, observer: Observer) -> Summary:
         """Train to the last step, or until :attr:`stop_signal` is set.
 
-        :raises TrainingError: if the loss is not finite.
+        :raises TrainingError: if loss, gradients or weights are not finite, or for a lack of memory
+            or of a compiler.
         :raises CheckpointError: if a checkpoint cannot be written.
         """
-        config = self.config
-        self.run.mkdir(parents=True, exist_ok=True)
-        with _only_one_process(self.run), _deterministic(self.device):
-            if self.overwrite:
-                remove_run(self.run)
-            retire_newer(self.run, self.step)
-            metrics = Metrics(self.run / "metrics.jsonl", self.step)
+        with self.folder.held(), _deterministic(self.device), _named_failures(self.config):
+            self.folder.begin(self.step, overwrite=self.overwrite)
             if self.step == 0:
                 self._save()
-            started, stopping = time.monotonic(), False
-            pending: list[Row] = []
-            while self.step < config.steps and not stopping:
-                row = self._train_step()
-                pending.append(row | {"seconds": time.monotonic() - started})
-                # Read once: a signal that comes later in this step counts after the next.
-                stopping = self.stop_signal is not None
-                last = self.step == config.steps
-                look = last or self.step % config.eval_every == 0
-                save = last or stopping or self.step % config.save_every == 0
-                if look:
-                    batches = config.eval_batches * (FINAL_LOOK if last else 1)
-                    pending[-1]["held_out"] = self.evaluate(batches)
-                if look or save or self.step % config.log_every == 0:
-                    rows = [_on_host(row) for row in pending]
-                    pending.clear()
-                    self._expect_finite(rows)
-                    metrics.append(rows)
-                    observer.steps(rows)
-                if save:
-                    observer.saved(self._save())
-            done = self.step >= config.steps
-            held_out = metrics.rows[-1].get("held_out") if done and metrics.rows else None
-            return Summary(
-                step=self.step,
-                held_out=held_out,
-                bigram=self.bigram_bits_per_byte(FINAL_LOOK * config.eval_batches),
-                checkpoint=self.run / f"step-{self.step:08d}",
-                stopped_by=None if done else self.stop_signal,
-            )
+            self._train(observer)
+            return self._summary()
+
+    def _load_data(self) -> None:
+        data = self.config.data
+        train, held_out = split_documents(load_documents(data.path), data.held_out)
+        self.data = self._pack(train)
+        self.held_out = self._pack(held_out)
+        self.digests = dict(zip(TEXTS, (_digest(train), _digest(held_out)), strict=True))
+        self.bigram = Bigram(self.data.stream)
+
+    def _init_weights(self) -> None:
+        seed_all(self.config.seed)
+        self.model = self.model.to_empty(device=self.device)
+        self.model.init_weights(seed=self.config.seed)
+        self.optimizer = _adamw(self.model, self.config)
+
+    def _train(self, observer: Observer) -> None:
+        config, started, stopping = self.config, time.monotonic(), False
+        pending: list[Row] = []
+        while self.step < config.steps and not stopping:
+            row = self._train_step()
+            pending.append(row | {"seconds": time.monotonic() - started})
+            # Read once: a signal that comes later in this step counts after the next.
+            stopping = self.stop_signal is not None
+            last = self.step == config.steps
+            look = last or self.step % config.eval_every == 0
+            save = last or stopping or self.step % config.save_every == 0
+            if look:
+                batches = config.eval_batches * (FINAL_LOOK if last else 1)
+                pending[-1]["held_out"] = self.evaluate(batches)
+            if look or save or self.step % config.log_every == 0:
+                self._record(pending, observer)
+                pending.clear()
+            if save:
+                observer.saved(self._save())
+
+    def _record(self, pending: list[Row], observer: Observer) -> None:
+        rows = [_on_host(row) for row in pending]
+        self._expect_finite(rows)
+        self.folder.append(rows)
+        observer.steps(rows)
+
+    def _summary(self) -> Summary:
+        assert self.folder.metrics is not None
+        done, rows = self.step >= self.config.steps, self.folder.metrics.rows
+        return Summary(
+            step=self.step,
+            held_out=rows[-1].get("held_out") if done and rows else None,
+            bigram=self.bigram_bits_per_byte(FINAL_LOOK * self.config.eval_batches),
+            checkpoint=self.run / f"step-{self.step:08d}",
+            stopped_by=None if done else self.stop_signal,
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: int) -> float:
@@ -214,40 +234,42 @@ class Trainer:
         )
 
     def _expect_finite(self, rows: Iterable[Row]) -> None:
+        names = {"loss": "loss", "grad_norm": "gradient", "held_out": "loss on the held-out text"}
         for row in rows:
-            if not math.isfinite(row["loss"]):
-                raise TrainingError(
-                    f"the loss of step {row['step']} is {row['loss']}: training diverged. Start a "
-                    f"new run with a lower optimizer.lr (now {self.config.optimizer.lr:g})."
-                )
+            for key, name in names.items():
+                if key in row and not math.isfinite(row[key]):
+                    raise TrainingError(
+                        f"the {name} of step {row['step']} is {row[key]}: training diverged. "
+                        f"{self._advice()}"
+                    )
+
+    def _advice(self) -> str:
+        return f"Start a new run with a lower optimizer.lr (now {self.config.optimizer.lr:g})."
 
     def _save(self) -> Path:
         training = random_state(self.device)
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 training[f"optimizer.{key}.{name}"] = value
-        return save_checkpoint(
-            self.run,
-            self.step,
-            model=self.model.state_dict(),
-            training=training,
-            config=self.config.as_config_dict(),
-            extra={"data_sha256": self.data_digest},
-        )
+        try:
+            return self.folder.save(
+                self.step,
+                model=self.model.state_dict(),
+                training=training,
+                config=self.config.as_config_dict(),
+                extra=self.digests,
+            )
+        except TrainingError as error:
+            raise TrainingError(f"{error}. {self._advice()}") from error
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.extra.get("data_sha256") != self.data_digest:
-            raise CheckpointError(
-                f"{checkpoint.folder} was trained on other text or another split than "
-                f"{self.config.data.path or 'the embedded corpus'} holds now: put the data back, "
-                "or start a new run in another folder"
-            )
+        expect_same_texts(checkpoint, self.digests, self.config.data.path)
         try:
             self.model.load_state_dict(checkpoint.model())
         except RuntimeError as error:
             raise CheckpointError(
-                f"{checkpoint.folder} does not fit the model: {error}. Leave out overrides of "
-                "model.*, or start a new run in another folder"
+                f"{checkpoint.folder} does not fit the model: {' '.join(str(error).split())}. "
+                "Leave out overrides of model.*, or start a new run in another folder"
             ) from error
         training = checkpoint.training()
         parameters = dict(self.model.named_parameters())
@@ -276,18 +298,6 @@ def _adamw(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def get_device(name: str | None) -> torch.device:
-    if name is None:
-        return get_default_device()
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise OLMoConfigurationError(f"device {name!r} cannot be used here: {reason}") from error
-    return device
-
-
 def _digest(documents: list[bytes]) -> str:
     digest = hashlib.sha256()
     for document in documents:
@@ -312,13 +322,18 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _only_one_process(run: Path) -> Iterator[None]:
-    """Two processes in one folder would overwrite each other. The lock dies with the process."""
-    with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TrainingError(
-                f"another process is training in {run}: wait for it, or choose another folder"
-            ) from error
+def _named_failures(config: TrainConfig) -> Iterator[None]:
+    try:
         yield
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error).strip().splitlines() or ["no memory"])[0][:200]
+        if ran_out_of_memory(error):
+            raise TrainingError(
+                f"out of memory: {reason}. Choose a smaller data.batch_size, "
+                "data.sequence_length or model, or set model.loss_chunk_size"
+            ) from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise TrainingError(
+                f"the model can't be compiled here: {reason}. Leave out compile=true"
+            ) from error
+        raise

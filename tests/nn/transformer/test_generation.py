@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from olmo_core.config import DType
+from olmo_core.exceptions import OLMoError
 from olmo_core.nn.attention import AttentionConfig, SlidingWindowAttentionConfig
 from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
 from olmo_core.nn.attention.decoding.cache import DecodingCache
@@ -203,6 +204,35 @@ def test_sample_keeps_the_nucleus() -> None:
     assert frequencies(0, 1).tolist() == [1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_extreme_temperatures_and_nuclei(dtype: torch.dtype) -> None:
+    logits = (torch.randn(5, VOCAB) * 30).to(dtype)
+    logits[0] = (
+        min(torch.finfo(dtype).max, 1e38) / 4
+    )  # equal, and far beyond what can be exponentiated
+    greedy = logits.argmax(-1)
+    generators = [torch.Generator().manual_seed(i) for i in range(5)]
+    # 5e-324 is the least number above zero; the last three are below float32's normal ones.
+    for temperature in (0.0, 1e-9, 1.2e-38, 1.1e-38, 1e-39, 5e-324):
+        drawn = sample(logits, temperature, 1.0, generators)
+        rows = slice(None) if temperature < 1.18e-38 else slice(1, None)  # equal ones are drawn
+        assert torch.equal(drawn[rows], greedy[rows]), temperature
+    for top_p in (1e-9, 1e-300, 5e-324):
+        assert torch.equal(sample(logits, 1e-3, top_p, generators)[1:], greedy[1:]), top_p
+    hot = sample(torch.randn(4000, 4).to(dtype), 1e300, 1.0, [generators[0]] * 4000)
+    assert (hot.bincount(minlength=4) / 4000 - 0.25).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(temperature: float, value: float) -> None:
+    model = build("full")
+    model.lm_head.norm.weight[3] = value  # type: ignore[union-attr, index]
+    with pytest.raises(OLMoError, match="the model's logits are not finite"):
+        list(generate(model, [[1, 2]], max_new_tokens=3, temperature=temperature))
+    assert all(mixer.kv_cache_manager is None for mixer in model.mixers)
+
+
 def test_end_token_finishes_rows_one_by_one() -> None:
     model = build("full")
     plain = list(generate(model, [[1], [2]], max_new_tokens=12, seed=2))
@@ -241,6 +271,18 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "top_p above one": (
         lambda m: generate(m, [[1]], max_new_tokens=1, top_p=1.1), ValueError, "top_p",
     ),
+    "past int32": (
+        lambda m: generate(m, [[1]], max_new_tokens=2**31), ValueError, "position 2147483647",
+    ),
+    "seed past 64 bits": (
+        lambda m: generate(m, [[1]], max_new_tokens=1, seed=2**64), ValueError, "seed must lie",
+    ),
+    "second seed past 64 bits": (
+        lambda m: generate(m, [[1]] * 2, max_new_tokens=1, seed=2**64 - 1), ValueError, "seed must",
+    ),
+    "seed below 64 bits": (
+        lambda m: generate(m, [[1]], max_new_tokens=1, seed=-(2**63) - 1), ValueError, "seed must",
+    ),
     "reset without cache": (lambda m: m.reset_kv_cache(), RuntimeError, "init_kv_cache"),
     "rollback without cache": (lambda m: m.rollback(1), RuntimeError, "init_kv_cache"),
 }  # fmt: skip
@@ -251,6 +293,11 @@ def test_bad_calls(name: str) -> None:
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call(build("full"))
+
+
+def test_the_last_seeds_work() -> None:
+    for seed in (2**64 - 2, -(2**63)):
+        assert len(list(generate(build("full"), [[1], [2]], max_new_tokens=1, seed=seed))) == 1
 
 
 def test_limits_of_the_caches() -> None:

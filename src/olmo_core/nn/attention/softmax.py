@@ -102,7 +102,7 @@ class SoftmaxAttention(SequenceMixer):
         if not dtype.is_floating_point:
             raise OLMoConfigurationError(f"dtype must be a floating dtype, got {dtype}.")
         self.clip_qkv = clip_qkv
-        if rope is not None and rope.no_global_rope and window is None:
+        if rope is not None and rope.no_global_rope and window_size is None:
             rope = None
         self.rope = None if rope is None else rope.build(shape.head_dim, cache=cache)
         self.backend: AttentionBackend = _backend_class(backend, use_flash)(

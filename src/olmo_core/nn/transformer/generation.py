@@ -10,7 +10,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from olmo_core.data.doc_lens import INT32_MAX
+from olmo_core.exceptions import OLMoError
 from olmo_core.nn.transformer.model import Transformer
+
+# float32, in which tokens are drawn, has no normal number below: what divides by less is greedy.
+_GREEDY = torch.finfo(torch.float32).tiny
 
 
 def generate(
@@ -31,7 +36,7 @@ def generate(
 
     :param prompts: B prompts of at least one token each.
     :param max_new_tokens: the most tokens of each continuation.
-    :param temperature: divides the logits; 0 takes the likeliest token.
+    :param temperature: divides the logits; 0 (and below 1.2e-38) takes the likeliest token.
     :param top_p: sample from the fewest tokens whose probabilities sum to at least this
         (nucleus sampling, Holtzman et al., 2020, arXiv:1904.09751).
     :param seed: each prompt draws from a generator of its own, seeded ``seed + its index``.
@@ -39,8 +44,9 @@ def generate(
     :param use_cache: ``False`` runs the whole sequence for each token: slow, for comparison.
     :returns: for each step the new token of each prompt, ``None`` once it is finished.
     :raises ValueError: for no prompt, an empty prompt, or options out of range.
+    :raises OLMoError: in a step whose logits are not finite.
     """
-    _check(prompts, max_new_tokens, temperature, top_p)
+    check_request(prompts, max_new_tokens, temperature, top_p, seed)
     return _steps(model, prompts, max_new_tokens, temperature, top_p, seed, end_token, use_cache)
 
 
@@ -97,22 +103,39 @@ def sample(
 
     :param logits: (B, V).
     :returns: (B,) int64.
+    :raises OLMoError: if the logits are not finite.
     """
-    if temperature == 0:
+    scores = logits.float()
+    top = scores.amax(-1, keepdim=True)  # NaN or infinite if one of them is
+    if not bool(top.isfinite().all()):
+        raise OLMoError(
+            "the model's logits are not finite: its weights have diverged, or its dtype is too "
+            "narrow for them"
+        )
+    if temperature < _GREEDY:
         return logits.argmax(-1)
-    p = torch.softmax(logits.float() / temperature, dim=-1)
+    p = torch.softmax((scores - top) / temperature, dim=-1)
     if top_p < 1:
         ordered, index = p.sort(dim=-1, descending=True)
         # A token stays while those before it have not reached top_p: the first always stays.
-        before = ordered.cumsum(-1) - ordered
-        p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(before >= top_p, 0))
+        passed = ordered.cumsum(-1) - ordered >= top_p
+        passed[:, 0] = False
+        p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(passed, 0))
     rows = [torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)]
     return torch.cat(rows)
 
 
-def _check(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float
+def check_request(
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
 ) -> None:
+    """What :func:`generate` refuses, before there is a model.
+
+    :raises ValueError: as there.
+    """
     if not prompts:
         raise ValueError("there is no prompt: give at least one")
     for i, prompt in enumerate(prompts):
@@ -120,6 +143,15 @@ def _check(
             raise ValueError(f"prompt {i} has no tokens: start it with the end-of-document token")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if max(map(len, prompts)) + max_new_tokens > INT32_MAX:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} leads beyond position {INT32_MAX}, the last of int32"
+        )
+    if not (seed >= -(2**63) and seed + len(prompts) <= 2**64):
+        raise ValueError(
+            f"seed must lie in [-2**63, 2**64 - {len(prompts)}], each prompt takes the next one, "
+            f"got {seed}"
+        )
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
     if not 0 < top_p <= 1:
