@@ -68,9 +68,9 @@ def test_heads_may_be_billions_of_elements_apart() -> None:
 
     near = [torch.randn(1, n, 3, 16, device=DEVICE, dtype=torch.float16) for n in (1, 1, 1, 20, 20)]
     seqlen, leftpad = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (9, [0]))
-    want = decode(*near, seqlen, leftpad, scale=0.25, store=True)
+    want = split_kv(*near, seqlen, leftpad, scale=0.25, store=True)
     far = [far_apart(x) for x in near]
-    assert torch.equal(decode(*far, seqlen, leftpad, scale=0.25, store=True), want)
+    assert torch.equal(split_kv(*far, seqlen, leftpad, scale=0.25, store=True), want)
     assert torch.equal(far[3][:, 9], near[1][:, 0]) and torch.equal(far[4][:, 9], near[2][:, 0])
 
 
