@@ -47,12 +47,14 @@ def expect_same_settings(checkpoint: Checkpoint, config: TrainConfig) -> None:
 
 def expect_same_texts(checkpoint: Checkpoint, digests: Mapping[str, str], path: str | None) -> None:
     """:raises CheckpointError: if what is trained on, or what is held out, has changed."""
-    changed = [TEXTS[key] for key in TEXTS if checkpoint.extra.get(key) != digests[key]]
+    # The first format kept no digest of the held-out text.
+    saved = checkpoint.extra
+    changed = [TEXTS[key] for key in TEXTS if saved.get(key, digests[key]) != digests[key]]
     if changed:
         raise CheckpointError(
             f"{checkpoint.folder} was trained on other text than {path or 'the embedded corpus'} "
-            f"holds now ({' and '.join(changed)} changed): put the data back, or start a new run "
-            "in another folder"
+            f"holds now, or with another tokenizer ({' and '.join(changed)} changed): put the data "
+            "back, or start a new run in another folder"
         )
 
 
