@@ -15,7 +15,7 @@ from olmo_core.config import DType
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention import recurrent
 from olmo_core.nn.attention.base import SequenceMixerConfig
-from olmo_core.nn.attention.kernels.gated_delta_rule_reference import gated_delta_rule_reference
+from olmo_core.nn.attention.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from olmo_core.nn.attention.recurrent import GatedDeltaNet, GatedDeltaNetConfig
 from olmo_core.nn.init import InitMethod
 

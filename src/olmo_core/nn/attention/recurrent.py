@@ -18,9 +18,9 @@ from olmo_core.config import DType
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
 from olmo_core.nn.attention.inputs import check_names, read_call
-from olmo_core.nn.attention.kernels.fla import fla_gated_delta_rule, fla_usable
 from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
-from olmo_core.nn.attention.kernels.gated_delta_rule_triton import unsupported
+from olmo_core.nn.attention.kernels.gated_delta_rule.fla import fla_gated_delta_rule, fla_usable
+from olmo_core.nn.attention.kernels.gated_delta_rule.triton_rule import unsupported
 from olmo_core.nn.attention.recurrent_cache import RecurrentCache
 from olmo_core.nn.attention.recurrent_sizes import GatedDeltaNetSizes
 from olmo_core.nn.convolution import CausalConv1d

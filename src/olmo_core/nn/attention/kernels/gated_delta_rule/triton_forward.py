@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gated_delta_rule_chunks import ChunkGrid
-from .gated_delta_rule_forward import Saved
-from .gated_delta_rule_triton_shared import (
+from .chunks import ChunkGrid
+from .torch_forward import Saved
+from .triton_shared import (
     BETA,
     KEY,
     NARROWEST,

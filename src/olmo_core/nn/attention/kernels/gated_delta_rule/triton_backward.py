@@ -10,7 +10,7 @@ The gated delta rule's backward pass in Triton. Five launches after the factors:
 * :func:`_finish`, for each chunk and key head: sums over value heads, and what is left of the
   gradients of queries, keys and gates.
 
-Exponents get their gradients as ``gated_delta_rule_backward`` says, without the terms that are 0.
+Exponents get their gradients as ``torch_backward`` says, without the terms that are 0.
 A factor f = scale * rsqrt(<x, x> + eps) of x needs no gradient of its own: with d the gradient of
 f x, as if f were a constant, dx = d - rsqrt(<x, x> + eps)^2 x <x, d>.
 """
@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gated_delta_rule_chunks import ChunkGrid
-from .gated_delta_rule_forward import Saved
-from .gated_delta_rule_triton_shared import (
+from .chunks import ChunkGrid
+from .torch_forward import Saved
+from .triton_shared import (
     BETA,
     KEY,
     NARROWEST,

@@ -1,11 +1,11 @@
 """The gated delta rule on any device, in linear time and memory both ways.
 
-In plain torch, or in Triton kernels where ``gated_delta_rule_triton.unsupported`` says None.
+In plain torch, or in Triton kernels where ``triton_rule.unsupported`` says None.
 
 ``gated_delta_rule`` is a dispatcher op, so it is one node of a compiled graph and selective
 checkpointing can name it (``torch.ops.olmo_core.gated_delta_rule``). The recurrence that it
-computes stands in ``gated_delta_rule_reference``, with the same signature; the legend of the shapes
-in ``gated_delta_rule_chunks``.
+computes stands in ``reference``, with the same signature; the legend of the shapes
+in ``chunks``.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from olmo_core.nn.dispatch import (
 )
 from olmo_core.nn.lengths import check_cu_doc_lens
 
-from .gated_delta_rule_backward import chunked_backward
-from .gated_delta_rule_chunks import QK_NORM_EPS, ChunkGrid, accumulation_dtype
-from .gated_delta_rule_forward import Saved, chunked_forward
-from .gated_delta_rule_triton import saved_like, triton_backward, triton_forward, unsupported
+from .chunks import QK_NORM_EPS, ChunkGrid, accumulation_dtype
+from .torch_backward import chunked_backward
+from .torch_forward import Saved, chunked_forward
+from .triton_rule import saved_like, triton_backward, triton_forward, unsupported
 
 __all__ = ["gated_delta_rule", "gated_delta_rule_step_", "normalize"]
 

@@ -2,7 +2,7 @@
 What the chunked gated delta rule's forward and backward share: the chunk grid, the decays on it,
 and the inverse of a unit lower triangular matrix.
 
-Legend of shapes, used by all ``gated_delta_rule*`` files:
+Legend of shapes, used by all files beside it:
 
     B batch            T tokens            K key dim           V value dim
     H key heads        G value heads per key head              R = B * H * G rows (recurrences)

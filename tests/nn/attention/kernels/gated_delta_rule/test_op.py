@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels import gated_delta_rule_chunks as chunks
 from olmo_core.nn.attention.kernels.gated_delta_rule import (
+    chunks,
     gated_delta_rule,
     gated_delta_rule_step_,
 )
-from olmo_core.nn.attention.kernels.gated_delta_rule_reference import gated_delta_rule_reference
+from olmo_core.nn.attention.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 
 NAMES = ("out", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
 
