@@ -6,7 +6,6 @@ Shapes in comments: B batch, T tokens, H key heads, HV value heads, K head_k_dim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,9 @@ from olmo_core.config import DType
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
 from olmo_core.nn.attention.inputs import check_names, read_call
-from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
-from olmo_core.nn.attention.kernels.gated_delta_rule.fla import fla_gated_delta_rule, fla_usable
-from olmo_core.nn.attention.kernels.gated_delta_rule.triton_rule import unsupported
+from olmo_core.nn.attention.kernels.gated_delta_rule.rules import Rule, choose_rule
 from olmo_core.nn.attention.kernels.gates import decay_gates, gated_rms_norm
+from olmo_core.nn.attention.kernels.table import Choice
 from olmo_core.nn.attention.recurrent_cache import RecurrentCache
 from olmo_core.nn.attention.recurrent_sizes import GatedDeltaNetSizes
 from olmo_core.nn.convolution import CausalConv1d, convolve_together
@@ -34,7 +32,7 @@ from olmo_core.nn.projections import project
 if TYPE_CHECKING:
     from olmo_core.nn.buffer_cache import BufferCache
 
-__all__ = ["GatedDeltaNet", "GatedDeltaNetConfig", "RuleChoice"]
+__all__ = ["GatedDeltaNet", "GatedDeltaNetConfig"]
 
 # Keywords of attention's forward that a delta net serves, or refuses; and that change nothing here.
 _SERVED = (
@@ -50,23 +48,6 @@ _NO_EFFECT = ("max_doc_len", "max_doc_len_q", "max_doc_len_k", "pos_sin", "pos_c
 _A_MIN, _A_MAX = 1e-2, 16.0
 # softplus(dt_bias) starts log-uniform in this range, as in Mamba-2 (arXiv:2405.21060).
 _DT_MIN, _DT_MAX = 1e-3, 1e-1
-
-
-@dataclass(frozen=True)
-class RuleChoice:
-    """Which implementation of the gated delta rule serves a call, and why."""
-
-    name: str
-    """``"triton"`` (this library's kernels), ``"fla"`` or ``"torch"``."""
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
-
-    @property
-    def function(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """The rule, called as :func:`.kernels.gated_delta_rule.gated_delta_rule` is."""
-        return fla_gated_delta_rule if self.name == "fla" else gated_delta_rule
 
 
 @SequenceMixerConfig.register("gated_delta_net")
@@ -264,27 +245,16 @@ class GatedDeltaNet(SequenceMixer):
         g, beta = decay_gates(a, b, self.A_log, self.dt_bias, padding, double=self.allow_neg_eigval)
         if self.kv_cache_manager is None:
             q, k, v = self._convolve(projected, cu_doc_lens)
-            rule = self.choose_rule(q, v).function
+            rule = self.choose_rule(q, v).run
             out, _ = rule(q, k, v, g, beta, cu_doc_lens=cu_doc_lens, normalize_qk=True)
         else:
             out = self._decode(projected, g, beta, self.kv_cache_manager)
         y: Tensor = self.w_out(self._gated_norm(out, gate))
         return y if padding is None else y.masked_fill(padding.unsqueeze(-1), 0)
 
-    def choose_rule(self, q: Tensor, v: Tensor) -> RuleChoice:
-        """The implementation of the gated delta rule for inputs like ``q`` and ``v``, and why.
-
-        The kernels of this library where they can serve, else fla's where those work, else torch.
-        """
-        if torch.compiler.is_compiling():
-            return RuleChoice("torch", "one op of a compiled graph, which runs what suits it")
-        refused = unsupported(q, v)
-        if refused is None:
-            return RuleChoice("triton", "its kernels serve these inputs here")
-        if q.dtype not in (torch.bfloat16, torch.float16):
-            return RuleChoice("torch", refused)
-        usable, reason = fla_usable(q.device, group=self.n_v_heads // self.n_heads)
-        return RuleChoice("fla", reason) if usable else RuleChoice("torch", f"{refused}; {reason}")
+    def choose_rule(self, q: Tensor, v: Tensor) -> Choice[Rule]:
+        """The implementation of the gated delta rule for inputs like ``q`` and ``v``, and why."""
+        return choose_rule(q, v)
 
     def _convolve(
         self, projected: list[Tensor], cu_doc_lens: Tensor | None, state: Tensor | None = None

@@ -368,6 +368,15 @@ def test_compiles_whole_and_once_for_all_documents() -> None:
     assert graphs == 1
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 20, 32, 33])
+def test_gradients_are_as_contiguous_as_compilers_are_told(tokens: int) -> None:
+    inputs = make(batch=2, tokens=tokens)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    out, state = gated_delta_rule(**leaves, normalize_qk=True)
+    grads = torch.autograd.grad([out.sum() + state.sum()], list(leaves.values()))
+    assert all(x.is_contiguous() for x in grads)
+
+
 GOOD = make(batch=2, tokens=6)
 BAD: dict[str, tuple[dict[str, object], str]] = {
     "q of three dimensions": ({"q": GOOD["q"][0]}, "Expected q and k"),

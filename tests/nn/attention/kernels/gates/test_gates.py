@@ -89,7 +89,7 @@ def test_decays_far_from_zero_keep_their_relative_accuracy() -> None:
     inputs = [a, a, torch.zeros(1), torch.zeros(1)]
     g, _ = gates.decay_gates(*(x.to(DEVICE) for x in inputs), double=False)
     want = -F.softplus(a.double(), threshold=50)
-    torch.testing.assert_close(g.cpu().double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(g.cpu().double(), want, rtol=1e-5, atol=0)
 
 
 @needs_kernels

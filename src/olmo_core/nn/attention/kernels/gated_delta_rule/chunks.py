@@ -137,9 +137,10 @@ class ChunkGrid:
         return chunked.reshape(self.chunks, self.rows, self.chunk).contiguous()
 
     def ungate(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`gates`: (N, R, C) as (B, T, HV)."""
+        """The inverse of :meth:`gates`: (N, R, C) as a contiguous (B, T, HV)."""
         heads = x.view(self.chunks, self.batch, self.value_heads, self.chunk)
-        return self.unpad(heads.permute(1, 0, 3, 2).flatten(1, 2))
+        # Flattening a single chunk leaves a view of it.
+        return self.unpad(heads.permute(1, 0, 3, 2).flatten(1, 2)).contiguous()
 
     def document_ids(self, cu_doc_lens: Tensor) -> Tensor:
         """The document of each position (N, C), for cu_doc_lens over the flattened tokens.

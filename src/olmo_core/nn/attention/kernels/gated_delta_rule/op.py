@@ -1,6 +1,6 @@
 """The gated delta rule on any device, in linear time and memory both ways.
 
-In plain torch, or in Triton kernels where ``triton_rule.unsupported`` says None.
+By the first row of ``FORMS`` that can serve: Triton kernels, or plain torch.
 
 ``gated_delta_rule`` is a dispatcher op, so it is one node of a compiled graph and selective
 checkpointing can name it (``torch.ops.olmo_core.gated_delta_rule``). The recurrence that it
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.table import Row, choose
 from olmo_core.nn.dispatch import (
     cast_for_autocast,
     refuse_second_derivative,
@@ -61,6 +63,10 @@ def gated_delta_rule(
 
     The Triton kernels multiply in q's dtype. Where all keys are alike and beta is near 2, they are
     ten times as far from float64 as the torch form.
+
+    Documents are kept apart by zeros in products, and 0 * NaN is NaN: a NaN or an infinity in one
+    document reaches everything from its chunk's first token on (chunks have 64 tokens, on a CPU 32,
+    and end with the sequence), other documents too; in backward, everything before its chunk's end.
 
     :param q: (B, T, H, K), floating point; strides are free.
     :param k: Like ``q``.
@@ -198,6 +204,41 @@ def _check_inputs(
             )
 
 
+@dataclass(frozen=True)
+class _Form:
+    """One implementation: forward, backward, and room for what goes from one to the other."""
+
+    forward: Callable[..., tuple[Tensor, Tensor, Saved | None]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    saved: Callable[[Tensor, Tensor], Saved]
+
+
+def _torch_saved(q: Tensor, v: Tensor) -> Saved:
+    dtype = accumulation_dtype(q.dtype)
+    shapes = Saved.shapes(ChunkGrid.of(q, v))
+    return Saved(*(q.new_empty(shape, dtype=dtype) for shape in shapes))
+
+
+FORMS: tuple[Row[_Form], ...] = (
+    Row(
+        "triton",
+        _Form(triton_forward, triton_backward, saved_like),
+        "its kernels serve these inputs here",
+        unsupported,
+    ),
+    Row(
+        "torch",
+        _Form(chunked_forward, chunked_backward, _torch_saved),
+        "runs anywhere, in any dtype",
+    ),
+)
+
+
+def _form(q: Tensor, v: Tensor) -> _Form:
+    """A function of what forward, backward and fake tensors know alike."""
+    return choose(FORMS, q, v).run
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -211,8 +252,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        run = chunked_forward if unsupported(q, v) else triton_forward
-        out, state, saved = run(
+        out, state, saved = _form(q, v).forward(
             q,
             k,
             v,
@@ -244,12 +284,7 @@ def _forward_fake(
     grid = ChunkGrid.of(q, v)
     dtype = accumulation_dtype(q.dtype)
     state = q.new_empty((grid.batch, grid.value_heads, grid.key_dim, grid.value_dim), dtype=dtype)
-    if not save:
-        saved = Saved(*(state.new_empty(0) for _ in range(3)))
-    elif unsupported(q, v):
-        saved = Saved(*(state.new_empty(shape) for shape in Saved.shapes(grid)))
-    else:
-        saved = saved_like(q, v)
+    saved = _form(q, v).saved(q, v) if save else Saved(*(state.new_empty(0) for _ in range(3)))
     return v.new_empty(v.shape), state, saved.states, saved.updates, saved.inverses
 
 
@@ -269,8 +304,7 @@ def _backward(
     normalize_qk: bool,
 ) -> tuple[Tensor, ...]:
     with torch.autocast(q.device.type, enabled=False):
-        run = chunked_backward if unsupported(q, v) else triton_backward
-        return run(
+        return _form(q, v).backward(
             dout,
             dfinal,
             q,
