@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ __all__ = ["gated_delta_rule", "gated_delta_rule_step_", "normalize"]
 
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 _CALL: dict[str, Callable[..., Any]] = {}
+_SAVED = len(fields_of(Saved))
 
 
 def gated_delta_rule(
@@ -250,7 +252,7 @@ def _forward(
     scale: float,
     normalize_qk: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     with torch.autocast(q.device.type, enabled=False):
         out, state, saved = _form(q, v).forward(
             q,
@@ -264,9 +266,15 @@ def _forward(
             normalize_qk=normalize_qk,
             save=save,
         )
-    if saved is None:
-        saved = Saved(*(state.new_empty(0) for _ in range(3)))
-    return out, state, saved.states, saved.updates, saved.inverses
+    return out, state, *_saved_outputs(saved, state)
+
+
+def _saved_outputs(saved: Saved | None, like: Tensor) -> list[Tensor]:
+    """What is saved, with empty tensors for what is not."""
+    fields = (
+        [None] * _SAVED if saved is None else [getattr(saved, f.name) for f in fields_of(Saved)]
+    )
+    return [like.new_empty(0) if x is None else x for x in fields]
 
 
 def _forward_fake(
@@ -280,12 +288,12 @@ def _forward_fake(
     scale: float,
     normalize_qk: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     grid = ChunkGrid.of(q, v)
     dtype = accumulation_dtype(q.dtype)
     state = q.new_empty((grid.batch, grid.value_heads, grid.key_dim, grid.value_dim), dtype=dtype)
-    saved = _form(q, v).saved(q, v) if save else Saved(*(state.new_empty(0) for _ in range(3)))
-    return v.new_empty(v.shape), state, saved.states, saved.updates, saved.inverses
+    saved = _form(q, v).saved(q, v) if save else None
+    return v.new_empty(v.shape), state, *_saved_outputs(saved, state)
 
 
 def _backward(
@@ -299,6 +307,8 @@ def _backward(
     states: Tensor,
     updates: Tensor,
     inverses: Tensor,
+    scores: Tensor,
+    erasers: Tensor,
     cu_doc_lens: Tensor | None,
     scale: float,
     normalize_qk: bool,
@@ -312,7 +322,7 @@ def _backward(
             v,
             g,
             beta,
-            Saved(states, updates, inverses),
+            Saved(states, updates, inverses, scores, erasers),
             cu_doc_lens,
             scale=scale,
             normalize_qk=normalize_qk,
@@ -350,10 +360,10 @@ def _differentiate(
 def _register() -> None:
     inputs = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta"
     options = "float scale, bool normalize_qk"
-    saved = "Tensor states, Tensor updates, Tensor inverses"
+    saved = "Tensor states, Tensor updates, Tensor inverses, Tensor scores, Tensor erasers"
     _LIB.define(
         f"gated_delta_rule({inputs}, Tensor? initial_state, Tensor? cu_doc_lens, {options}, "
-        "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"bool save) -> ({', '.join(['Tensor'] * (2 + _SAVED))})"
     )
     _LIB.define(
         f"gated_delta_rule_backward(Tensor dout, Tensor? dfinal, {inputs}, {saved}, "

@@ -49,6 +49,10 @@ class Saved:
     """(N, R, C, V): U."""
     inverses: Tensor
     """(N, R, C, C): T."""
+    scores: Tensor | None = None
+    """(N, R, C, C): tril(Q K^T * Gamma) without the queries' scale and length. Triton's alone."""
+    erasers: Tensor | None = None
+    """(N, R, C, K): W. Triton's alone."""
 
     @staticmethod
     def shapes(grid: ChunkGrid) -> tuple[tuple[int, ...], ...]:

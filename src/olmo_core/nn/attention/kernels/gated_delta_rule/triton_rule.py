@@ -62,10 +62,16 @@ def _device_reason(device: torch.device) -> str | None:
 
 
 def saved_like(q: Tensor, v: Tensor) -> Saved:
-    """Room for what the backward pass needs: states and updates in q's dtype, inverses float32."""
-    states, updates, inverses = Saved.shapes(_grid(q, v))
+    """Room for what the backward pass needs: in q's dtype, the inverses float32."""
+    grid = _grid(q, v)
+    N, R, C = grid.chunks, grid.rows, grid.chunk
+    states, updates, inverses = Saved.shapes(grid)
     return Saved(
-        q.new_empty(states), q.new_empty(updates), q.new_empty(inverses, dtype=torch.float32)
+        q.new_empty(states),
+        q.new_empty(updates),
+        q.new_empty(inverses, dtype=torch.float32),
+        q.new_empty(N, R, C, C),
+        q.new_empty(N, R, C, grid.key_dim),
     )
 
 
@@ -85,13 +91,14 @@ def triton_forward(
     """Like :func:`.torch_forward.chunked_forward`, for what these kernels serve."""
     from .triton_forward import launch_forward
 
-    grid, saved = _grid(q, v), saved_like(q, v)
+    grid = _grid(q, v)
+    saved = saved_like(q, v) if save else None
     ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
     q, k, v = rows(q, k, v)
     out, final = launch_forward(
         grid, q, k, v, g, beta, initial_state, ids, saved, scale, normalize_qk
     )
-    return out, final, saved if save else None
+    return out, final, saved
 
 
 def triton_backward(
