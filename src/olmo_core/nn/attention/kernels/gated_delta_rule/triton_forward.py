@@ -190,7 +190,7 @@ def launch_forward(
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     _scan[(triton.cdiv(V, NARROWEST), R)](
         q, k, w, scores, factors, initial, updates, states, out, final, *common, N,
-        *strides(q, k, out), **sizes, V=V, BLOCK_V=NARROWEST, STAGES=1 if wide else 2,
+        *strides(q, k, out), **sizes, V=V, BLOCK_V=NARROWEST, STAGES=1 if wide else 3,
         num_warps=warps,
     )  # fmt: skip
     return out, final
