@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
-from olmo_core.nn.attention.kernels.gated_delta_rule_chunks import ChunkGrid
+from olmo_core.nn.attention.kernels.gated_delta_rule.chunks import ChunkGrid
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 HEADS, KEY_DIM, VALUE_DIM, RUNS = 4, 64, 128, 7

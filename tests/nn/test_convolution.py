@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn import convolution
+from olmo_core.nn.attention.kernels.convolution import torch_form
 from olmo_core.nn.convolution import CausalConv1d, causal_conv1d
 
 
@@ -68,7 +68,7 @@ def test_equals_torch(
         cu = torch.tensor(stops, dtype=torch.int32)
     want = reference(x, weight, b, lengths, silu)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convolution, "_CPU_BLOCK", 1)  # 16 tokens: several blocks
+        patch.setattr(torch_form, "_CPU_BLOCK", 1)  # 16 tokens: several blocks
         got = causal_conv1d(x, weight, b, cu_doc_lens=cu, silu=silu)
         assert_same(got, want, inputs)
 
@@ -90,13 +90,6 @@ def test_gradcheck_and_no_second_derivative() -> None:
         grad.sum().backward()
 
 
-def test_opcheck() -> None:
-    x, weight, bias = make(2, 5, 3, 4, True)
-    positions = torch.tensor([0, 1, 0, 1, 2])
-    for args in ((x, weight, bias, None, True), (x, weight, None, positions, False)):
-        torch.library.opcheck(torch.ops.olmo_core.causal_conv1d.default, args)
-
-
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_state_continues(size: int) -> None:
     conv = CausalConv1d(3, size, bias=True, dtype=torch.float64)
@@ -108,6 +101,24 @@ def test_state_continues(size: int) -> None:
         outs.append(conv(piece, state=past))
         past = torch.cat((past, piece), 1)[:, piece.shape[1] :]
     torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("first", [0, 1, 7])
+def test_the_first_document_continues_a_state(first: int, backend: str | None) -> None:
+    conv = CausalConv1d(3, 4, bias=True, dtype=torch.float64)
+    x, state = (torch.randn(n, 3, dtype=torch.float64).requires_grad_() for n in (12, 3))
+    cu = torch.tensor([0, first, 9, 12], dtype=torch.int32)
+
+    def run(x: Tensor, state: Tensor) -> Tensor:
+        return conv(x.view(2, 6, 3), cu, state=state[None]).view(12, 3)
+
+    if backend is not None:
+        run = torch.compile(run, fullgraph=True, backend=backend)
+    got = run(x, state)
+    head = conv(torch.cat((state, x[:first]))[None])[0, 3:]
+    want = torch.cat((head, *(conv(part[None])[0] for part in (x[first:9], x[9:]) if len(part))))
+    assert_same(got, want, [x, state])
 
 
 def test_gradients_flow_through_the_state() -> None:
@@ -173,7 +184,7 @@ def test_bad_calls() -> None:
         conv(torch.zeros(5, 3))
     with pytest.raises(ValueError, match="the 3 inputs before x"):
         conv(x, state=torch.zeros(2, 4, 3))
-    with pytest.raises(ValueError, match="leave cu_doc_lens out"):
+    with pytest.raises(ValueError, match=r"of shape \(1, 3, 3\)"):
         conv(x, cu, state=torch.zeros(2, 3, 3))
     with pytest.raises(ValueError, match="must end at"):
         conv(x, cu[:1].new_tensor([0, 9]))

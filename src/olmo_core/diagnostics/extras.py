@@ -72,8 +72,8 @@ def _decode(device: torch.device) -> tuple[str, str]:
 
 
 def _gated_delta_rule(device: torch.device) -> tuple[str, str]:
-    from olmo_core.nn.attention.kernels import gated_delta_rule_triton as kernels
     from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
+    from olmo_core.nn.attention.kernels.gated_delta_rule import triton_rule as kernels
 
     q, k, v = (torch.randn(1, 70, 2, 64, device=device).half() for _ in range(3))
     if reason := kernels.unsupported(q, v):
@@ -97,7 +97,7 @@ def _off(error: float) -> str:
 def _fla(device: torch.device) -> tuple[str, str]:
     if find_spec("fla") is None:
         return "", 'not installed: pip install "olmo-attention[fla]"'
-    from olmo_core.nn.attention.kernels.fla import fla_usable
+    from olmo_core.nn.attention.kernels.gated_delta_rule.fla import fla_usable
 
     usable, why = fla_usable(device)
     return metadata.version("flash-linear-attention"), "" if usable else why

@@ -7,7 +7,7 @@ tokens back; its weights are ``weight[:, 0, k - 1 - lag]``, as in ``torch.nn.Con
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
+from olmo_core.nn.dispatch import is_plain
 from olmo_core.nn.functional import compute_dtype
+from olmo_core.nn.lengths import check_cu_doc_lens, document_positions
 
-__all__ = ["CausalConv1d", "causal_conv1d"]
-
-_LIB = torch.library.Library("olmo_core", "FRAGMENT")
-_CALL: dict[str, Callable[..., Any]] = {}
-
-# Floats of a block on a CPU: its k + 2 passes then run in the second-level cache.
-_CPU_BLOCK = 128 << 10
+__all__ = ["CausalConv1d", "causal_conv1d", "convolve_together"]
 
 
 class CausalConv1d(nn.Module):
@@ -87,30 +82,33 @@ class CausalConv1d(nn.Module):
         :param x: (B, T, C).
         :param cu_doc_lens: (documents + 1,), int32: cumulative document lengths over the flattened
             B * T tokens. No output sees another document's inputs.
-        :param state: (B, k - 1, C): the inputs before ``x``, zeros if not given. Only without
-            ``cu_doc_lens``.
+        :param state: (B, k - 1, C): the inputs before ``x``, zeros if not given. With
+            ``cu_doc_lens`` (1, k - 1, C), those before the first document, even if that is empty.
         :returns: (B, T, C), in x's dtype.
-        :raises ValueError: If shapes do not fit, or both a state and lengths are given.
+        :raises ValueError: If shapes do not fit.
         """
+        self._check(x, cu_doc_lens, state)
+        if state is not None and cu_doc_lens is None and x.shape[1] == 1 and not x.is_cuda:
+            return self._last(torch.cat((state.to(x.dtype), x), 1))
+        silu = self.activation == "silu"
+        return causal_conv1d(
+            x, self.weight, self.bias, cu_doc_lens=cu_doc_lens, silu=silu, state=state
+        )
+
+    def _check(self, x: Tensor, cu_doc_lens: Tensor | None, state: Tensor | None) -> None:
         if x.dim() != 3 or x.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"Expected an input (batch, tokens, {self.hidden_size}), got {tuple(x.shape)}."
             )
-        silu = self.activation == "silu"
         if state is None:
-            return causal_conv1d(x, self.weight, self.bias, cu_doc_lens=cu_doc_lens, silu=silu)
+            return
         past = self.kernel_size - 1
-        if cu_doc_lens is not None:
-            raise ValueError("A state continues one sequence a row: leave cu_doc_lens out.")
-        if state.shape != (x.shape[0], past, x.shape[2]):
+        expected = (x.shape[0] if cu_doc_lens is None else 1, past, x.shape[2])
+        if state.shape != expected:
             raise ValueError(
-                f"state must hold the {past} inputs before x, of shape "
-                f"{(x.shape[0], past, x.shape[2])}, got {tuple(state.shape)}."
+                f"state must hold the {past} inputs before x, of shape {expected}, got "
+                f"{tuple(state.shape)}."
             )
-        inputs = torch.cat((state.to(x.dtype), x), 1)
-        if x.shape[1] == 1:
-            return self._last(inputs)
-        return causal_conv1d(inputs, self.weight, self.bias, silu=silu)[:, past:]
 
     def _last(self, inputs: Tensor) -> Tensor:
         """The output (B, 1, C) for the last of k inputs (B, k, C)."""
@@ -128,203 +126,115 @@ def causal_conv1d(
     *,
     cu_doc_lens: Tensor | None = None,
     silu: bool = True,
+    state: Tensor | None = None,
 ) -> Tensor:
     """See :class:`CausalConv1d`. Sums in float32 at least; differentiable once.
 
-    Eager code runs one op that works through the cache in blocks. A compiler fuses the plain
-    expression better than it could call that op.
+    One op, :mod:`.attention.kernels.convolution`, except under a compiler for a CPU: that fuses the
+    plain expression better than it could call the op.
 
     :param x: (B, T, C).
     :param weight: (C, 1, k).
     :param bias: (C,), or None.
+    :param state: As :meth:`CausalConv1d.forward` takes it.
     :returns: (B, T, C), in x's dtype.
     :raises ValueError: If ``cu_doc_lens`` does not describe the tokens.
     """
-    positions, flat = None, x
-    if cu_doc_lens is not None:
-        # Imported here: the attention package imports this module.
-        from olmo_core.nn.lengths import check_cu_doc_lens, document_positions
+    return _convolve([(x, weight, bias, state)], cu_doc_lens, silu)[0]
 
-        total = x.shape[0] * x.shape[1]
-        check_cu_doc_lens(cu_doc_lens, total, None)
-        flat = x.flatten(0, 1).unsqueeze(0)
-        if not torch.compiler.is_compiling():
-            positions = document_positions(cu_doc_lens, total)
-    if torch.compiler.is_compiling():
-        out = _fusible(flat, weight, bias, cu_doc_lens, silu)
+
+def convolve_together(
+    convolutions: Sequence[CausalConv1d],
+    xs: Sequence[Tensor],
+    cu_doc_lens: Tensor | None = None,
+    *,
+    states: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """What each of up to three convolutions gives for its input: in one launch each way on a GPU.
+
+    Modules with hooks, or whose parameters are no plain tensors, are called one by one.
+
+    :param convolutions: Of one kernel size and activation, all with a bias or none.
+    :param xs: (B, T, C) each, with one B and T.
+    :param states: As :meth:`CausalConv1d.forward` takes them: for all, or None.
+    """
+    # Imported here: the attention package imports this module.
+    from olmo_core.nn.attention.kernels.triton_driver import INTERPRETED
+
+    states = [None] * len(xs) if states is None else states
+    together = xs[0].is_cuda or INTERPRETED
+    if not together or not all(is_plain(conv) for conv in convolutions):
+        each = zip(convolutions, xs, states, strict=True)
+        return [conv(x, cu_doc_lens, state=state) for conv, x, state in each]
+    for conv, x, state in zip(convolutions, xs, states, strict=True):
+        conv._check(x, cu_doc_lens, state)
+    streams = [
+        (x, conv.weight, conv.bias, state)
+        for conv, x, state in zip(convolutions, xs, states, strict=True)
+    ]
+    return _convolve(streams, cu_doc_lens, convolutions[0].activation == "silu")
+
+
+def _convolve(
+    streams: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]],
+    cu_doc_lens: Tensor | None,
+    silu: bool,
+) -> list[Tensor]:
+    # Imported here: the attention package imports this module.
+    from olmo_core.nn.attention.kernels.convolution import Stream, short_convolution
+
+    x, weight, _, state = streams[0]
+    shapes = [stream[0].shape for stream in streams]
+    past, seen = weight.shape[2] - 1, None
+    if cu_doc_lens is not None:
+        check_cu_doc_lens(cu_doc_lens, x.shape[0] * x.shape[1], None)
+        streams = [(s[0].flatten(0, 1).unsqueeze(0), *s[1:]) for s in streams]
+    if torch.compiler.is_compiling() and not x.is_cuda:
+        outs = [_fusible(*stream, cu_doc_lens, silu) for stream in streams]
     else:
-        out = _CALL["causal_conv1d"](flat, weight, bias, positions, silu)
-    return out.view(x.shape)
+        if cu_doc_lens is not None:
+            seen = _seen(cu_doc_lens, x.shape[0] * x.shape[1], 0 if state is None else past)
+        together = [Stream(*stream) for stream in streams]
+        outs = short_convolution(together, seen=seen, silu=silu)[0]
+    return [out.view(shape) for out, shape in zip(outs, shapes, strict=True)]
+
+
+def _seen(cu_doc_lens: Tensor, total: int, past: int) -> Tensor:
+    """How many earlier tokens each token sees (T,), int32, with ``past`` before the first
+    document."""
+    seen = document_positions(cu_doc_lens, total).to(torch.int32)
+    if not past:
+        return seen
+    index = torch.arange(total, device=seen.device)
+    return torch.where(index < cu_doc_lens[1], seen + past, seen)
 
 
 def _fusible(
-    x: Tensor, weight: Tensor, bias: Tensor | None, cu_doc_lens: Tensor | None, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_doc_lens: Tensor | None,
+    silu: bool,
 ) -> Tensor:
+    past = 0 if state is None else state.shape[1]
+    if state is not None:
+        x = torch.cat((state.to(x.dtype), x), 1)
     dtype, tokens = compute_dtype(x.dtype), x.shape[1]
     documents = None
     if cu_doc_lens is not None:
-        index = torch.arange(tokens, device=x.device, dtype=cu_doc_lens.dtype)
-        documents = torch.searchsorted(cu_doc_lens, index, right=True)
+        index = torch.arange(-past, tokens - past, device=x.device, dtype=cu_doc_lens.dtype)
+        documents = torch.searchsorted(cu_doc_lens[1:-1].contiguous(), index, right=True)
+        if past:  # of the first document, even if that is empty
+            documents = torch.where(index < 0, 0, documents)
     taps = weight.squeeze(1).to(dtype).flip(-1).unbind(-1)
     out = x.to(dtype) * taps[0]
     if bias is not None:
         out = out + bias.to(dtype)
     for lag in range(1, min(len(taps), tokens)):
-        past = F.pad(x, (0, 0, lag, 0))[:, :tokens].to(dtype)
+        earlier = F.pad(x, (0, 0, lag, 0))[:, :tokens].to(dtype)
         if documents is not None:
             other = F.pad(documents[lag:] != documents[:-lag], (lag, 0))
-            past = past.masked_fill(other.unsqueeze(-1), 0)
-        out = out + past * taps[lag]
-    return (F.silu(out) if silu else out).to(x.dtype)
-
-
-def _blocks(x: Tensor) -> Iterator[slice]:
-    """The tokens of each block of x (B, T, C)."""
-    batch, tokens, channels = x.shape
-    size = tokens if x.is_cuda else max(16, _CPU_BLOCK // max(1, batch * channels))
-    for start in range(0, tokens, max(1, size)):
-        yield slice(start, min(start + size, tokens))
-
-
-def _taps(weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The weights (C,) of each lag, contiguous."""
-    return list(weight.squeeze(1).to(dtype).t().flip(0).contiguous().unbind(0))
-
-
-def _past(
-    x: Tensor, block: slice, lag: int, positions: Tensor | None, scratch: Tensor
-) -> tuple[slice, Tensor] | None:
-    """What the block's tokens see at ``lag``: (the block's rows that see something, their inputs).
-
-    :param scratch: Where inputs are written that have to be masked, as large as the block.
-    """
-    rows = slice(max(0, lag - block.start), block.stop - block.start)
-    if rows.start >= rows.stop:
-        return None
-    past = x[:, block.start + rows.start - lag : block.stop - lag]
-    if positions is not None and lag:
-        keep = positions[block][rows].ge(lag).to(scratch.dtype).unsqueeze(-1)
-        past = torch.mul(past, keep, out=scratch[:, rows])
-    return rows, past
-
-
-def _convolve(
-    x: Tensor,
-    taps: list[Tensor],
-    bias: Tensor | None,
-    block: slice,
-    positions: Tensor | None,
-    out: Tensor,
-    scratch: Tensor,
-) -> None:
-    """Write the convolution of a block's tokens, before the activation, to ``out``."""
-    torch.mul(x[:, block], taps[0], out=out)
-    if bias is not None:
-        out.add_(bias)
-    for lag in range(1, len(taps)):
-        seen = _past(x, block, lag, positions, scratch)
-        if seen is not None:
-            rows, past = seen
-            out[:, rows].addcmul_(past.to(out.dtype), taps[lag])
-
-
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor | None, silu: bool
-) -> Tensor:
-    dtype = compute_dtype(x.dtype)
-    taps = _taps(weight, dtype)
-    result = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sums = scratch = None
-    for block in _blocks(x):
-        if sums is None or scratch is None:
-            sums = torch.empty(x[:, block].shape, dtype=dtype, device=x.device)
-            scratch = torch.empty_like(sums)
-        n = block.stop - block.start
-        target = result[:, block]
-        out = target if dtype == x.dtype else sums[:, :n]
-        _convolve(x, taps, bias, block, positions, out, scratch[:, :n])
-        if silu:
-            F.silu(out, inplace=True)
-        if out is not target:
-            target.copy_(out)
-    return result
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of weight and of a bias, whether there is one or not."""
-    dtype = compute_dtype(x.dtype)
-    taps = _taps(weight, dtype)
-    dx = torch.empty(x.shape, dtype=dtype, device=x.device)
-    dtaps = torch.zeros(len(taps), x.shape[-1], dtype=dtype, device=x.device)
-    dbias = torch.zeros_like(dtaps[0])
-    buffers: list[Tensor] = []
-    for block in _blocks(x):
-        if not buffers:
-            buffers = [torch.empty_like(dx[:, block]) for _ in range(3)]
-        dz, scratch, product = (buffer[:, : block.stop - block.start] for buffer in buffers)
-        if silu:
-            _convolve(x, taps, bias, block, positions, dz, scratch)
-            dz.copy_(torch.ops.aten.silu_backward(dy[:, block].to(dtype), dz))
-        else:
-            dz.copy_(dy[:, block])
-        dbias += dz.sum((0, 1))
-        torch.mul(dz, taps[0], out=dx[:, block])
-        dtaps[0] += torch.mul(dz, x[:, block], out=product).sum((0, 1))
-        for lag in range(1, len(taps)):
-            seen = _past(x, block, lag, positions, scratch)
-            if seen is None:
-                continue
-            rows, past = seen
-            dtaps[lag] += torch.mul(dz[:, rows], past, out=product[:, rows]).sum((0, 1))
-            # dz is masked for each lag anew, since the mask shrinks as the lag grows.
-            if positions is not None:
-                keep = positions[block][rows].ge(lag).to(dtype).unsqueeze(-1)
-                grad = torch.mul(dz[:, rows], keep, out=product[:, rows])
-            else:
-                grad = dz[:, rows]
-            first = block.start + rows.start - lag
-            dx[:, first : block.stop - lag].addcmul_(grad, taps[lag])
-    dweight = dtaps.flip(0).t().unsqueeze(1).contiguous()
-    return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, positions = ctx.saved_tensors  # checkpointing lets them be read once
-    dx, dweight, dbias = _CALL["causal_conv1d_backward"](dy, x, weight, bias, positions, ctx.silu)
-    return dx, dweight, (None if bias is None else dbias), None, None
-
-
-def _forward_fake(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, torch.empty_like(weight), weight.new_empty(weight.shape[0])
-
-
-def _register() -> None:
-    inputs = "Tensor x, Tensor weight, Tensor? bias, Tensor? positions, bool silu"
-    _LIB.define(f"causal_conv1d({inputs}) -> Tensor")
-    _LIB.define(f"causal_conv1d_backward(Tensor dy, {inputs}) -> (Tensor, Tensor, Tensor)")
-    refuse = refuse_second_derivative("causal_conv1d", "torch.nn.functional.conv1d with groups")
-    for name, run, fake, differentiate, save in (
-        ("causal_conv1d", _forward, _forward_fake, _differentiate, _save),
-        ("causal_conv1d_backward", _backward, _backward_fake, refuse, None),
-    ):
-        _CALL[name] = register_differentiable(_LIB, name, run, fake, differentiate, save)
-
-
-_register()
+            earlier = earlier.masked_fill(other.unsqueeze(-1), 0)
+        out = out + earlier * taps[lag]
+    return (F.silu(out) if silu else out).to(x.dtype)[:, past:]

@@ -19,11 +19,15 @@ from torch.autograd import forward_ad
 __all__ = [
     "cast_for_autocast",
     "is_observed",
+    "is_plain",
     "on_its_device",
     "refuse_second_derivative",
     "register_differentiable",
     "register_inference",
 ]
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def register_differentiable(
@@ -265,3 +269,15 @@ def is_observed(inputs: Sequence[Any]) -> bool:
         elif isinstance(x, Tensor):
             return True
     return False
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a kernel may compute what calling ``module`` does: it has no hooks, which would not
+    run, and plain parameters (no DTensor)."""
+    from torch.nn.modules import module as hooks
+
+    return (
+        not any(getattr(module, name) for name in _HOOKS)
+        and not any(getattr(hooks, f"_global{name}") for name in _HOOKS)
+        and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
+    )

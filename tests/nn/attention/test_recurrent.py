@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -13,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from olmo_core.config import DType
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.attention import recurrent
 from olmo_core.nn.attention.base import SequenceMixerConfig
-from olmo_core.nn.attention.kernels.gated_delta_rule_reference import gated_delta_rule_reference
+from olmo_core.nn.attention.kernels.gated_delta_rule import rules
+from olmo_core.nn.attention.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from olmo_core.nn.attention.recurrent import GatedDeltaNet, GatedDeltaNetConfig
 from olmo_core.nn.init import InitMethod
 
@@ -322,14 +323,17 @@ def test_the_choice_of_the_rule_has_a_reason(monkeypatch: pytest.MonkeyPatch) ->
     v = torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)
     assert layer.choose_rule(q, v).name == "torch"
     assert "not on cpu" in str(layer.choose_rule(q, v))
-    monkeypatch.setattr(recurrent, "unsupported", lambda q, v: None)
+    monkeypatch.setattr(rules, "unsupported", lambda q, v: None)
     assert layer.choose_rule(q, v).name == "triton"
-    assert layer.choose_rule(q, v).function is recurrent.gated_delta_rule
-    monkeypatch.setattr(recurrent, "unsupported", lambda q, v: "no kernels")
-    monkeypatch.setattr(recurrent, "fla_usable", lambda device, group: (True, f"works for {group}"))
-    assert str(layer.choose_rule(q, v)) == "fla: works for 2"
-    assert str(layer.choose_rule(q.float(), v.float())) == "torch: no kernels"
-    monkeypatch.setattr(recurrent, "fla_gated_delta_rule", lambda *_, **__: (_[2] * 0, None))
+    assert layer.choose_rule(q, v).run is rules.gated_delta_rule
+    monkeypatch.setattr(rules, "unsupported", lambda q, v: "no kernels")
+    monkeypatch.setattr(rules, "fla_usable", lambda device, group: (group == 2, "not here"))
+    choice = layer.choose_rule(q, v)
+    assert choice.name == "fla" and "not triton, since no kernels" in str(choice)
+    assert "half precision, not torch.float32" in str(layer.choose_rule(q.float(), v.float()))
+    assert "not fla, since not here" in str(layer.choose_rule(q, v[:, :, :2]))
+    fla = dataclasses.replace(rules.RULES[1], run=lambda *_, **__: (_[2] * 0, None))
+    monkeypatch.setattr(rules, "RULES", (rules.RULES[0], fla, rules.RULES[2]))
     assert not layer(torch.randn(1, 5, D_MODEL).bfloat16()).any()
 
 

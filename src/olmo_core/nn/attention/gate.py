@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from olmo_core.config import Config, StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.functional import compute_dtype
+from olmo_core.nn.attention.kernels.gates import sigmoid_gate
 
 
 class GateGranularity(StrEnum):
@@ -56,7 +55,4 @@ def apply_gate(att: Tensor, logits: Tensor, config: GateConfig) -> Tensor:
     """
     headwise = config.granularity == GateGranularity.headwise
     logits = logits[..., None] if headwise else logits.view(att.shape)
-    if not config.full_precision:
-        return att * torch.sigmoid(logits)
-    dtype = compute_dtype(att.dtype)
-    return (att.to(dtype) * torch.sigmoid(logits.to(dtype))).to(att.dtype)
+    return sigmoid_gate(att, logits, rounded=not config.full_precision)

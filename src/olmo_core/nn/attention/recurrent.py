@@ -6,7 +6,6 @@ Shapes in comments: B batch, T tokens, H key heads, HV value heads, K head_k_dim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +19,21 @@ from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
 from olmo_core.nn.attention.decoding.recurrent_cache import RecurrentCache
 from olmo_core.nn.attention.decoding.recurrent_step import advance
 from olmo_core.nn.attention.inputs import check_names, read_call
-from olmo_core.nn.attention.kernels.fla import fla_gated_delta_rule, fla_usable
-from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
-from olmo_core.nn.attention.kernels.gated_delta_rule_triton import unsupported
+from olmo_core.nn.attention.kernels.gated_delta_rule.rules import Rule, choose_rule
+from olmo_core.nn.attention.kernels.gates import decay_gates, gated_rms_norm
+from olmo_core.nn.attention.kernels.table import Choice
 from olmo_core.nn.attention.recurrent_sizes import GatedDeltaNetSizes
-from olmo_core.nn.convolution import CausalConv1d
+from olmo_core.nn.convolution import CausalConv1d, convolve_together
+from olmo_core.nn.dispatch import is_plain
 from olmo_core.nn.functional import compute_dtype
 from olmo_core.nn.init import InitMethod, copy_into
 from olmo_core.nn.layer_norm import RMSNorm
+from olmo_core.nn.projections import project
 
 if TYPE_CHECKING:
     from olmo_core.nn.buffer_cache import BufferCache
 
-__all__ = ["GatedDeltaNet", "GatedDeltaNetConfig", "RuleChoice"]
+__all__ = ["GatedDeltaNet", "GatedDeltaNetConfig"]
 
 # Keywords of attention's forward that a delta net serves, or refuses; and that change nothing here.
 _SERVED = (
@@ -48,23 +49,6 @@ _NO_EFFECT = ("max_doc_len", "max_doc_len_q", "max_doc_len_k", "pos_sin", "pos_c
 _A_MIN, _A_MAX = 1e-2, 16.0
 # softplus(dt_bias) starts log-uniform in this range, as in Mamba-2 (arXiv:2405.21060).
 _DT_MIN, _DT_MAX = 1e-3, 1e-1
-
-
-@dataclass(frozen=True)
-class RuleChoice:
-    """Which implementation of the gated delta rule serves a call, and why."""
-
-    name: str
-    """``"triton"`` (this library's kernels), ``"fla"`` or ``"torch"``."""
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
-
-    @property
-    def function(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """The rule, called as :func:`.kernels.gated_delta_rule.gated_delta_rule` is."""
-        return fla_gated_delta_rule if self.name == "fla" else gated_delta_rule
 
 
 @SequenceMixerConfig.register("gated_delta_net")
@@ -257,11 +241,12 @@ class GatedDeltaNet(SequenceMixer):
         padding = call.padding
         if padding is not None:
             x = x.masked_fill(padding.unsqueeze(-1), 0)
-        g, beta = self._gates(x, padding)
-        projected = [w(x) for w in (self.w_q, self.w_k, self.w_v)]
+        linears = (self.w_q, self.w_k, self.w_v, self.w_a, self.w_b, self.w_g)
+        *projected, a, b, gate = project(linears, x)
+        g, beta = decay_gates(a, b, self.A_log, self.dt_bias, padding, double=self.allow_neg_eigval)
         if self.kv_cache_manager is None:
             q, k, v = self._convolve(projected, cu_doc_lens)
-            rule = self.choose_rule(q, v).function
+            rule = self.choose_rule(q, v).run
             out, _ = rule(q, k, v, g, beta, cu_doc_lens=cu_doc_lens, normalize_qk=True)
         else:
             cache = self.kv_cache_manager
@@ -270,55 +255,31 @@ class GatedDeltaNet(SequenceMixer):
                 cache, torch.cat(projected, -1), q, k, v, g, beta,
                 choose_rule=self.choose_rule, leftpad=call.cache_leftpad,
             )  # fmt: skip
-        y: Tensor = self.w_out(self._gated_norm(out, self.w_g(x)))
+        y: Tensor = self.w_out(self._gated_norm(out, gate))
         return y if padding is None else y.masked_fill(padding.unsqueeze(-1), 0)
 
-    def choose_rule(self, q: Tensor, v: Tensor) -> RuleChoice:
-        """The implementation of the gated delta rule for inputs like ``q`` and ``v``, and why.
-
-        The kernels of this library where they can serve, else fla's where those work, else torch.
-        """
-        if torch.compiler.is_compiling():
-            return RuleChoice("torch", "one op of a compiled graph, which runs what suits it")
-        refused = unsupported(q, v)
-        if refused is None:
-            return RuleChoice("triton", "its kernels serve these inputs here")
-        if q.dtype not in (torch.bfloat16, torch.float16):
-            return RuleChoice("torch", refused)
-        usable, reason = fla_usable(q.device, group=self.n_v_heads // self.n_heads)
-        return RuleChoice("fla", reason) if usable else RuleChoice("torch", f"{refused}; {reason}")
-
-    def _gates(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The log decays g and the step sizes beta (B, T, HV), in float32 at least."""
-        dtype = compute_dtype(x.dtype)
-        beta = self.w_b(x).to(dtype).sigmoid()
-        if self.allow_neg_eigval:
-            beta = 2 * beta
-        if padding is not None:
-            beta = beta.masked_fill(padding.unsqueeze(-1), 0)  # padding writes nothing
-        a = self.w_a(x).to(dtype) + self.dt_bias.to(dtype)
-        return -self.A_log.to(dtype).exp() * F.softplus(a), beta
+    def choose_rule(self, q: Tensor, v: Tensor) -> Choice[Rule]:
+        """The implementation of the gated delta rule for inputs like ``q`` and ``v``, and why."""
+        return choose_rule(q, v)
 
     def _convolve(
         self, projected: list[Tensor], cu_doc_lens: Tensor | None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k (B, T, H, K) and v (B, T, HV, V) from the projections, given their past."""
-        past: Any = [None] * 3
-        if state is not None:
-            past = state.split([y.shape[-1] for y in projected], -1)
-        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        q, k, v = (
-            conv(y, cu_doc_lens, state=s) for conv, y, s in zip(convs, projected, past, strict=True)
-        )
+        past = None if state is None else state.split([y.shape[-1] for y in projected], -1)
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        q, k, v = convolve_together(convolutions, projected, cu_doc_lens, states=past)
         q, k = (y.unflatten(-1, (self.n_heads, self.head_k_dim)) for y in (q, k))
         return q, k, v.unflatten(-1, (self.n_v_heads, self.head_v_dim))
 
     def _gated_norm(self, out: Tensor, gate: Tensor) -> Tensor:
         """rms_norm(o) * silu(gate), computed in float32 at least: (B, T, HV * V)."""
-        dtype = compute_dtype(out.dtype)
         gate = gate.unflatten(-1, (self.n_v_heads, self.head_v_dim))
-        y = self.o_norm(out.to(dtype)) * F.silu(gate.to(dtype))
-        return y.to(gate.dtype).flatten(2)
+        norm = self.o_norm
+        if type(norm) is RMSNorm and norm.weight is not None and is_plain(norm):
+            return gated_rms_norm(out, gate, norm.weight, norm.eps).flatten(2)
+        dtype = compute_dtype(out.dtype)
+        return (norm(out.to(dtype)) * F.silu(gate.to(dtype))).to(gate.dtype).flatten(2)
 
     def init_kv_cache_manager(
         self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0

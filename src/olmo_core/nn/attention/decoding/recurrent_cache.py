@@ -4,7 +4,7 @@ Any number of last tokens up to ``max_rollback`` can be forgotten again without 
 the cache keeps S as it was that many tokens ago, and for each token since then its key k, what it
 wrote U and its log decay g, of which S is made: S' = e^g S + outer(k, U).
 
-Shapes as in ``kernels.gated_delta_rule_chunks``; M is ``max_rollback``.
+Shapes as in ``kernels.gated_delta_rule.chunks``; M is ``max_rollback``.
 """
 
 from __future__ import annotations

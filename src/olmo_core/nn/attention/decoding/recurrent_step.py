@@ -1,6 +1,6 @@
 """The gated delta rule over a cache: any number of tokens that continue the stored ones.
 
-Shapes as in ``kernels.gated_delta_rule_chunks``; M is the cache's ``max_rollback``.
+Shapes as in ``kernels.gated_delta_rule.chunks``; M is the cache's ``max_rollback``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def advance(
     :param conv_inputs: (B, T, channels), what the convolutions saw.
     :param q: And ``k``, ``v``, ``g``, ``beta``: as for :func:`.gated_delta_rule`, which
         normalises q and k.
-    :param choose_rule: From q and v to a choice whose ``function`` is like
+    :param choose_rule: From q and v to a choice whose ``run`` is like
         :func:`.gated_delta_rule`.
     :param leftpad: The left padding that comes with first tokens, (B,) int32.
     """
@@ -50,7 +50,7 @@ def advance(
     state, recent = cache.state, cache.recent
     outs: list[Tensor] = []
     if head:
-        rule = choose_rule(q, v).function
+        rule = choose_rule(q, v).run
         prompt = (x[:, :head] for x in (q, k, v, g, beta))
         out, state = rule(*prompt, initial_state=state, normalize_qk=True)
         outs.append(out)

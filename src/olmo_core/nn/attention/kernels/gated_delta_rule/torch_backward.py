@@ -1,4 +1,4 @@
-"""The chunked gated delta rule, backward. Shapes as in ``gated_delta_rule_chunks``.
+"""The chunked gated delta rule, backward. Shapes as in ``chunks``.
 
 With the forward's Q (scaled), K, Gamma, T, W, U, S of a chunk, P = tril(Q K^T * Gamma), dO the
 output's gradient and dS' that of the outgoing state, and X = beta (V - e^c K S), of which U = T X::
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gated_delta_rule_chunks import ChunkGrid, Decays, Workspace, accumulation_dtype
-from .gated_delta_rule_forward import (
+from .chunks import ChunkGrid, Decays, Workspace, accumulation_dtype
+from .torch_forward import (
     Saved,
     load_queries_keys,
     query_key_factors,

@@ -1,22 +1,25 @@
 """The gated delta rule on any device, in linear time and memory both ways.
 
-In plain torch, or in Triton kernels where ``gated_delta_rule_triton.unsupported`` says None.
+By the first row of ``FORMS`` that can serve: Triton kernels, or plain torch.
 
 ``gated_delta_rule`` is a dispatcher op, so it is one node of a compiled graph and selective
 checkpointing can name it (``torch.ops.olmo_core.gated_delta_rule``). The recurrence that it
-computes stands in ``gated_delta_rule_reference``, with the same signature; the legend of the shapes
-in ``gated_delta_rule_chunks``.
+computes stands in ``reference``, with the same signature; the legend of the shapes
+in ``chunks``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.table import Row, choose
 from olmo_core.nn.dispatch import (
     cast_for_autocast,
     refuse_second_derivative,
@@ -24,15 +27,16 @@ from olmo_core.nn.dispatch import (
 )
 from olmo_core.nn.lengths import check_cu_doc_lens
 
-from .gated_delta_rule_backward import chunked_backward
-from .gated_delta_rule_chunks import QK_NORM_EPS, ChunkGrid, accumulation_dtype
-from .gated_delta_rule_forward import Saved, chunked_forward
-from .gated_delta_rule_triton import saved_like, triton_backward, triton_forward, unsupported
+from .chunks import QK_NORM_EPS, ChunkGrid, accumulation_dtype
+from .torch_backward import chunked_backward
+from .torch_forward import Saved, chunked_forward
+from .triton_rule import saved_like, triton_backward, triton_forward, unsupported
 
 __all__ = ["gated_delta_rule", "gated_delta_rule_step_", "normalize"]
 
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 _CALL: dict[str, Callable[..., Any]] = {}
+_SAVED = len(fields_of(Saved))
 
 
 def gated_delta_rule(
@@ -61,6 +65,10 @@ def gated_delta_rule(
 
     The Triton kernels multiply in q's dtype. Where all keys are alike and beta is near 2, they are
     ten times as far from float64 as the torch form.
+
+    Documents are kept apart by zeros in products, and 0 * NaN is NaN: a NaN or an infinity in one
+    document reaches everything from its chunk's first token on (chunks have 64 tokens, on a CPU 32,
+    and end with the sequence), other documents too; in backward, everything before its chunk's end.
 
     :param q: (B, T, H, K), floating point; strides are free.
     :param k: Like ``q``.
@@ -199,6 +207,41 @@ def _check_inputs(
             )
 
 
+@dataclass(frozen=True)
+class _Form:
+    """One implementation: forward, backward, and room for what goes from one to the other."""
+
+    forward: Callable[..., tuple[Tensor, Tensor, Saved | None]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    saved: Callable[[Tensor, Tensor], Saved]
+
+
+def _torch_saved(q: Tensor, v: Tensor) -> Saved:
+    dtype = accumulation_dtype(q.dtype)
+    shapes = Saved.shapes(ChunkGrid.of(q, v))
+    return Saved(*(q.new_empty(shape, dtype=dtype) for shape in shapes))
+
+
+FORMS: tuple[Row[_Form], ...] = (
+    Row(
+        "triton",
+        _Form(triton_forward, triton_backward, saved_like),
+        "its kernels serve these inputs here",
+        unsupported,
+    ),
+    Row(
+        "torch",
+        _Form(chunked_forward, chunked_backward, _torch_saved),
+        "runs anywhere, in any dtype",
+    ),
+)
+
+
+def _form(q: Tensor, v: Tensor) -> _Form:
+    """A function of what forward, backward and fake tensors know alike."""
+    return choose(FORMS, q, v).run
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -210,10 +253,9 @@ def _forward(
     scale: float,
     normalize_qk: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     with torch.autocast(q.device.type, enabled=False):
-        run = chunked_forward if unsupported(q, v) else triton_forward
-        out, state, saved = run(
+        out, state, saved = _form(q, v).forward(
             q,
             k,
             v,
@@ -225,9 +267,15 @@ def _forward(
             normalize_qk=normalize_qk,
             save=save,
         )
-    if saved is None:
-        saved = Saved(*(state.new_empty(0) for _ in range(3)))
-    return out, state, saved.states, saved.updates, saved.inverses
+    return out, state, *_saved_outputs(saved, state)
+
+
+def _saved_outputs(saved: Saved | None, like: Tensor) -> list[Tensor]:
+    """What is saved, with empty tensors for what is not."""
+    fields = (
+        [None] * _SAVED if saved is None else [getattr(saved, f.name) for f in fields_of(Saved)]
+    )
+    return [like.new_empty(0) if x is None else x for x in fields]
 
 
 def _forward_fake(
@@ -241,17 +289,12 @@ def _forward_fake(
     scale: float,
     normalize_qk: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     grid = ChunkGrid.of(q, v)
     dtype = accumulation_dtype(q.dtype)
     state = q.new_empty((grid.batch, grid.value_heads, grid.key_dim, grid.value_dim), dtype=dtype)
-    if not save:
-        saved = Saved(*(state.new_empty(0) for _ in range(3)))
-    elif unsupported(q, v):
-        saved = Saved(*(state.new_empty(shape) for shape in Saved.shapes(grid)))
-    else:
-        saved = saved_like(q, v)
-    return v.new_empty(v.shape), state, saved.states, saved.updates, saved.inverses
+    saved = _form(q, v).saved(q, v) if save else None
+    return v.new_empty(v.shape), state, *_saved_outputs(saved, state)
 
 
 def _backward(
@@ -265,13 +308,14 @@ def _backward(
     states: Tensor,
     updates: Tensor,
     inverses: Tensor,
+    scores: Tensor,
+    erasers: Tensor,
     cu_doc_lens: Tensor | None,
     scale: float,
     normalize_qk: bool,
 ) -> tuple[Tensor, ...]:
     with torch.autocast(q.device.type, enabled=False):
-        run = chunked_backward if unsupported(q, v) else triton_backward
-        return run(
+        return _form(q, v).backward(
             dout,
             dfinal,
             q,
@@ -279,7 +323,7 @@ def _backward(
             v,
             g,
             beta,
-            Saved(states, updates, inverses),
+            Saved(states, updates, inverses, scores, erasers),
             cu_doc_lens,
             scale=scale,
             normalize_qk=normalize_qk,
@@ -317,10 +361,10 @@ def _differentiate(
 def _register() -> None:
     inputs = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta"
     options = "float scale, bool normalize_qk"
-    saved = "Tensor states, Tensor updates, Tensor inverses"
+    saved = "Tensor states, Tensor updates, Tensor inverses, Tensor scores, Tensor erasers"
     _LIB.define(
         f"gated_delta_rule({inputs}, Tensor? initial_state, Tensor? cu_doc_lens, {options}, "
-        "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"bool save) -> ({', '.join(['Tensor'] * (2 + _SAVED))})"
     )
     _LIB.define(
         f"gated_delta_rule_backward(Tensor dout, Tensor? dfinal, {inputs}, {saved}, "

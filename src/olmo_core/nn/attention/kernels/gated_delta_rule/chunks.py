@@ -2,7 +2,7 @@
 What the chunked gated delta rule's forward and backward share: the chunk grid, the decays on it,
 and the inverse of a unit lower triangular matrix.
 
-Legend of shapes, used by all ``gated_delta_rule*`` files:
+Legend of shapes, used by all files beside it:
 
     B batch            T tokens            K key dim           V value dim
     H key heads        G value heads per key head              R = B * H * G rows (recurrences)
@@ -137,9 +137,10 @@ class ChunkGrid:
         return chunked.reshape(self.chunks, self.rows, self.chunk).contiguous()
 
     def ungate(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`gates`: (N, R, C) as (B, T, HV)."""
+        """The inverse of :meth:`gates`: (N, R, C) as a contiguous (B, T, HV)."""
         heads = x.view(self.chunks, self.batch, self.value_heads, self.chunk)
-        return self.unpad(heads.permute(1, 0, 3, 2).flatten(1, 2))
+        # Flattening a single chunk leaves a view of it.
+        return self.unpad(heads.permute(1, 0, 3, 2).flatten(1, 2)).contiguous()
 
     def document_ids(self, cu_doc_lens: Tensor) -> Tensor:
         """The document of each position (N, C), for cu_doc_lens over the flattened tokens.

@@ -1,9 +1,8 @@
 """
-The gated delta rule's forward pass in Triton. Three launches after the factors:
+The gated delta rule's forward pass in Triton. Two launches after the factors:
 
-* :func:`_prepare`, for each chunk: T, W = T (beta e^c K), and T (beta V);
-* :func:`_scan`, for each row and block of V, over the chunks: the incoming states S, and U;
-* :func:`_outputs`, for each chunk and block of V: O.
+* :func:`_prepare`, for each chunk: T, W = T (beta e^c K), T (beta V), and the scores;
+* :func:`_scan`, for each row and block of V, over the chunks: the incoming states S, U and O.
 """
 
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
@@ -14,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gated_delta_rule_chunks import ChunkGrid
-from .gated_delta_rule_forward import Saved
-from .gated_delta_rule_triton_shared import (
+from .chunks import ChunkGrid
+from .torch_forward import Saved
+from .triton_shared import (
     BETA,
     KEY,
     NARROWEST,
@@ -27,7 +26,6 @@ from .gated_delta_rule_triton_shared import (
     decay_matrix,
     factor,
     load_rows,
-    pad,
     split_dot,
     strides,
     token_rows,
@@ -38,7 +36,15 @@ __all__ = ["launch_forward"]
 
 
 @triton.jit
-def _invert(a, C: tl.constexpr, LEVELS: tl.constexpr):
+def _halves_dot(a, b, LOW: tl.constexpr):
+    """a @ b of float32 matrices, each as two parts of half precision: 16 bits of bfloat16."""
+    a_high, b_high = a.to(LOW), b.to(LOW)
+    a_low, b_low = (a - a_high.to(tl.float32)).to(LOW), (b - b_high.to(tl.float32)).to(LOW)
+    return tl.dot(a_high, b_high, tl.dot(a_high, b_low, tl.dot(a_low, b_high)))
+
+
+@triton.jit
+def _invert(a, C: tl.constexpr, LEVELS: tl.constexpr, LOW: tl.constexpr):
     """(I + a)^-1 of a strictly lower triangular ``a`` (C, C), C = 2 ** LEVELS, float32.
 
     Diagonal blocks of twice the size at each level, [[P, 0], [L, Q]]^-1 = [[P', 0], [-Q' L P', Q']]
@@ -52,15 +58,15 @@ def _invert(a, C: tl.constexpr, LEVELS: tl.constexpr):
         apart = (i[:, None] >> level) != (i[None, :] >> level)
         pair = (i[:, None] >> (level + 1)) == (i[None, :] >> (level + 1))
         coupling = tl.where(apart & pair, a, 0.0)
-        product = tl.dot(coupling, d, input_precision="tf32x3")
-        d -= tl.dot(d, product, input_precision="tf32x3")
+        d -= _halves_dot(d, _halves_dot(coupling, d, LOW), LOW)
     return d
 
 
 @triton.jit(do_not_specialize=["padding", "rows"])
 def _prepare(
-    k_ptr, v_ptr, factors_ptr, ids_ptr, inverses_ptr, w_ptr, updates_ptr, padding, rows,
-    k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
+    q_ptr, k_ptr, v_ptr, factors_ptr, ids_ptr, inverses_ptr, w_ptr, updates_ptr, scores_ptr,
+    padding, rows, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
+    v_stride_b, v_stride_t, v_stride_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     K: tl.constexpr, K_PAD: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     DOCUMENTS: tl.constexpr,
@@ -74,8 +80,16 @@ def _prepare(
     beta = factor(factors_ptr, BETA, chunk_row, C)
     gamma = decay_matrix(factors_ptr, ids_ptr, chunk_row, n, C, DOCUMENTS)
     system = tl.dot(k, tl.trans(k)) * gamma * (beta * key)[:, None] * key[None, :]
-    inverse = _invert(tl.where(i[:, None] > i[None, :], system, 0.0), C, LEVELS)
-    tl.store(inverses_ptr + chunk_row * (C * C) + i[:, None] * C + i[None, :], inverse)
+    square = chunk_row * (C * C) + i[:, None] * C + i[None, :]
+    at, live = token_rows(n, row, padding, q_stride_b, q_stride_t, q_stride_h, HEADS, GROUP, C)
+    q = load_rows(q_ptr, at, live, columns, K)
+    # The queries' factor comes last: in half precision it may be too small for the operand.
+    scores = tl.dot(q, tl.trans(k)) * gamma * key[None, :]
+    tl.store(scores_ptr + square, scores.to(scores_ptr.dtype.element_ty))
+    low = k_ptr.dtype.element_ty
+    inverse = _invert(tl.where(i[:, None] > i[None, :], system, 0.0), C, LEVELS, low)
+    if inverses_ptr is not None:
+        tl.store(inverses_ptr + square, inverse)
 
     read = factor(factors_ptr, READ, chunk_row, C)
     w = split_dot(inverse * (beta * key * read)[None, :], k)
@@ -94,12 +108,13 @@ def _prepare(
 
 @triton.jit(do_not_specialize=["padding", "rows", "chunks"])
 def _scan(
-    k_ptr, w_ptr, factors_ptr, initial_ptr, states_ptr, updates_ptr, final_ptr,
-    padding, rows, chunks, k_stride_b, k_stride_t, k_stride_h,
+    q_ptr, k_ptr, w_ptr, scores_ptr, factors_ptr, initial_ptr, updates_ptr, states_ptr, out_ptr,
+    final_ptr, padding, rows, chunks, q_stride_b, q_stride_t, q_stride_h,
+    k_stride_b, k_stride_t, k_stride_h, out_stride_b, out_stride_t, out_stride_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
     K_PAD: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``updates`` holds T (beta V) and receives U."""
+    """``updates`` holds T (beta V) and, where states are kept, receives U."""
     block, row = tl.program_id(0), tl.program_id(1)
     i, k_columns = tl.arange(0, C), tl.arange(0, K_PAD)
     v_columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -107,7 +122,7 @@ def _scan(
     state_keep = (k_columns < K)[:, None] & (v_columns < V)[None, :]
     w_at, w_keep = i[:, None] * K + k_columns[None, :], (k_columns < K)[None, :]
     u_at, u_keep = i[:, None] * V + v_columns[None, :], (v_columns < V)[None, :]
-    low = states_ptr.dtype.element_ty
+    low = updates_ptr.dtype.element_ty
 
     row_state = row.to(tl.int64) * (K * V)
     state = tl.zeros((K_PAD, BLOCK_V), tl.float32)
@@ -116,62 +131,39 @@ def _scan(
         state += initial.to(tl.float32)
     for n in tl.range(0, chunks, num_stages=STAGES):
         chunk_row = row + rows * tl.cast(n, tl.int64)
+        at, live = token_rows(n, row, padding, q_stride_b, q_stride_t, q_stride_h, HEADS, GROUP, C)
+        q = load_rows(q_ptr, at, live, k_columns, K)
         at, live = token_rows(n, row, padding, k_stride_b, k_stride_t, k_stride_h, HEADS, GROUP, C)
         k = load_rows(k_ptr, at, live, k_columns, K)
         w = tl.load(w_ptr + chunk_row * (C * K) + w_at, mask=w_keep, other=0.0)
         u = tl.load(updates_ptr + chunk_row * (C * V) + u_at, mask=u_keep, other=0.0)
+        scores = tl.load(scores_ptr + chunk_row * (C * C) + i[:, None] * C + i[None, :])
         key = factor(factors_ptr, KEY, chunk_row, C)
+        query = factor(factors_ptr, QUERY, chunk_row, C)
+        read = factor(factors_ptr, READ, chunk_row, C)
         write = factor(factors_ptr, WRITE, chunk_row, C)
         whole = whole_decay(factors_ptr, chunk_row, C)
 
         incoming = state.to(low)
-        tl.store(states_ptr + chunk_row * (K * V) + state_at, incoming, mask=state_keep)
         update = u.to(tl.float32) - tl.dot(w, incoming)
-        tl.store(updates_ptr + chunk_row * (C * V) + u_at, update.to(low), mask=u_keep)
         written = (update * (key * write)[:, None]).to(low)
         state = tl.dot(tl.trans(k), written, state * whole)
+        if states_ptr is not None:
+            tl.store(states_ptr + chunk_row * (K * V) + state_at, incoming, mask=state_keep)
+            tl.store(updates_ptr + chunk_row * (C * V) + u_at, update.to(low), mask=u_keep)
+        out = tl.dot(q, incoming) * read[:, None]
+        out = tl.dot(scores, update.to(low), out) * query[:, None]
+        at, live = token_rows(
+            n, row, padding, out_stride_b, out_stride_t, out_stride_h, HEADS, 1, C
+        )
+        out_at = at[:, None] + v_columns[None, :]
+        tl.store(out_ptr + out_at, out.to(low), mask=live[:, None] & u_keep)
     tl.store(final_ptr + row_state + state_at, state, mask=state_keep)
-
-
-@triton.jit(do_not_specialize=["padding", "rows"])
-def _outputs(
-    q_ptr, k_ptr, factors_ptr, ids_ptr, states_ptr, updates_ptr, out_ptr, padding, rows,
-    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
-    out_stride_b, out_stride_t, out_stride_h,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    K_PAD: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, DOCUMENTS: tl.constexpr,
-):  # fmt: skip
-    blocks = (V + BLOCK_V - 1) // BLOCK_V  # neighbours share queries and keys
-    n, block, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
-    chunk_row = n.to(tl.int64) * rows + row
-    i, k_columns = tl.arange(0, C), tl.arange(0, K_PAD)
-    v_columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    v_keep = (v_columns < V)[None, :]
-    at, live = token_rows(n, row, padding, q_stride_b, q_stride_t, q_stride_h, HEADS, GROUP, C)
-    q = load_rows(q_ptr, at, live, k_columns, K)
-    at, live = token_rows(n, row, padding, k_stride_b, k_stride_t, k_stride_h, HEADS, GROUP, C)
-    k = load_rows(k_ptr, at, live, k_columns, K)
-    state_at = chunk_row * (K * V) + k_columns[:, None] * V + v_columns[None, :]
-    state = tl.load(states_ptr + state_at, mask=(k_columns < K)[:, None] & v_keep, other=0.0)
-    u_at = chunk_row * (C * V) + i[:, None] * V + v_columns[None, :]
-    u = tl.load(updates_ptr + u_at, mask=v_keep, other=0.0)
-
-    key = factor(factors_ptr, KEY, chunk_row, C)
-    query = factor(factors_ptr, QUERY, chunk_row, C)
-    read = factor(factors_ptr, READ, chunk_row, C)
-    gamma = decay_matrix(factors_ptr, ids_ptr, chunk_row, n, C, DOCUMENTS)
-    # The queries' factor comes last: in half precision it may be too small for the operand.
-    scores = tl.dot(q, tl.trans(k)) * gamma * key[None, :]
-    out = tl.dot(q, state) * read[:, None]
-    out = tl.dot(scores.to(u.dtype), u, out) * query[:, None]
-    at, live = token_rows(n, row, padding, out_stride_b, out_stride_t, out_stride_h, HEADS, 1, C)
-    out_at = at[:, None] + v_columns[None, :]
-    tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=live[:, None] & v_keep)
 
 
 def launch_forward(
     grid: ChunkGrid, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
-    initial_state: Tensor | None, ids: Tensor | None, saved: Saved, scale: float,
+    initial_state: Tensor | None, ids: Tensor | None, saved: Saved | None, scale: float,
     normalize_qk: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output and the final state; fills ``saved``. ``ids`` are the documents (N, C)."""
@@ -181,24 +173,24 @@ def launch_forward(
     wide = sizes["K_PAD"] > 128
     warps = 8 if wide else 4
     common = (grid.padding, R)
-    w = q.new_empty(N, R, C, K)
+    if saved is None:
+        w, scores, updates = (q.new_empty(N, R, C, width) for width in (K, C, V))
+        states = inverses = None
+    else:
+        w, scores, updates = saved.erasers, saved.scores, saved.updates
+        states, inverses = saved.states, saved.inverses
     _prepare[(N, R)](
-        k, v, factors, ids, saved.inverses, w, saved.updates, *common, *strides(k, v),
+        q, k, v, factors, ids, inverses, w, updates, scores, *common, *strides(q, k, v),
         **sizes, V=V, LEVELS=C.bit_length() - 1, BLOCK_V=NARROWEST, DOCUMENTS=documents,
         num_warps=warps, num_stages=2,
     )  # fmt: skip
 
     final = factors.new_empty(grid.batch, grid.value_heads, K, V)
     initial = None if initial_state is None else initial_state.contiguous()
-    _scan[(triton.cdiv(V, NARROWEST), R)](
-        k, w, factors, initial, saved.states, saved.updates, final, *common, N,
-        *strides(k), **sizes, V=V, BLOCK_V=NARROWEST, STAGES=2 if wide else 3, num_warps=warps,
-    )  # fmt: skip
-
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    block = NARROWEST if wide else min(128, pad(V))
-    _outputs[(N * triton.cdiv(V, block), R)](
-        q, k, factors, ids, saved.states, saved.updates, out, *common,
-        *strides(q, k, out), **sizes, V=V, BLOCK_V=block, DOCUMENTS=documents, num_warps=4,
+    _scan[(triton.cdiv(V, NARROWEST), R)](
+        q, k, w, scores, factors, initial, updates, states, out, final, *common, N,
+        *strides(q, k, out), **sizes, V=V, BLOCK_V=NARROWEST, STAGES=1 if wide else 3,
+        num_warps=warps,
     )  # fmt: skip
     return out, final

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels import gated_delta_rule_chunks as chunks
 from olmo_core.nn.attention.kernels.gated_delta_rule import (
+    chunks,
     gated_delta_rule,
     gated_delta_rule_step_,
 )
-from olmo_core.nn.attention.kernels.gated_delta_rule_reference import gated_delta_rule_reference
+from olmo_core.nn.attention.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 
 NAMES = ("out", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
 
@@ -366,6 +366,15 @@ def test_compiles_whole_and_once_for_all_documents() -> None:
         want = run(gated_delta_rule_reference, inputs, cu_doc_lens=cu)
         assert_close(run(call, inputs), want, 1e-12)
     assert graphs == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 20, 32, 33])
+def test_gradients_are_as_contiguous_as_compilers_are_told(tokens: int) -> None:
+    inputs = make(batch=2, tokens=tokens)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    out, state = gated_delta_rule(**leaves, normalize_qk=True)
+    grads = torch.autograd.grad([out.sum() + state.sum()], list(leaves.values()))
+    assert all(x.is_contiguous() for x in grads)
 
 
 GOOD = make(batch=2, tokens=6)

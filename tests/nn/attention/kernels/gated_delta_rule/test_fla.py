@@ -7,7 +7,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from olmo_core.nn.attention.kernels import fla
+from olmo_core.nn.attention.kernels.gated_delta_rule import fla
 
 
 def test_a_failing_probe_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

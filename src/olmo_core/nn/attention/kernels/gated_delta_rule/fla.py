@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gated_delta_rule import gated_delta_rule
+from .op import gated_delta_rule
 
 __all__ = ["fla_gated_delta_rule", "fla_usable"]
 
@@ -35,7 +35,7 @@ def fla_gated_delta_rule(
     cu_doc_lens: Tensor | None = None,
     normalize_qk: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`.gated_delta_rule.gated_delta_rule` by fla: the same arguments, the same result.
+    """:func:`.op.gated_delta_rule` by fla: the same arguments, the same result.
 
     :raises ImportError: If fla is not installed.
     """

@@ -2,7 +2,7 @@
 The gated delta rule as its recurrence, one token at a time: slow, obvious, differentiable twice.
 
 Gated Delta Networks, https://arxiv.org/abs/2412.06464, equation 10, with the decay applied before
-the error is taken. Shapes as in ``gated_delta_rule_chunks``.
+the error is taken. Shapes as in ``chunks``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gated_delta_rule_chunks import QK_NORM_EPS, accumulation_dtype
+from .chunks import QK_NORM_EPS, accumulation_dtype
 
 __all__ = ["gated_delta_rule_reference"]
 
@@ -28,7 +28,7 @@ def gated_delta_rule_reference(
     normalize_qk: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """
-    The oracle for :func:`.gated_delta_rule.gated_delta_rule`: the same arguments, the same result.
+    The oracle for :func:`.op.gated_delta_rule`: the same arguments, the same result.
 
     For every token, with S the (K, V) state of a value head, 0 at a document's start::
 

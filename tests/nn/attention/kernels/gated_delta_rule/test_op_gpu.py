@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
-from olmo_core.nn.attention.kernels.gated_delta_rule_reference import gated_delta_rule_reference
+from olmo_core.nn.attention.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from olmo_core.nn.attention.recurrent import GatedDeltaNet
 
 pytestmark = pytest.mark.gpu

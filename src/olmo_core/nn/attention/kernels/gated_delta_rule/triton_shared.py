@@ -1,6 +1,6 @@
 """
 What the Triton kernels of the gated delta rule share. One program handles one chunk of one row, or
-carries one row's state over its chunks. The legend of shapes is in ``gated_delta_rule_chunks``.
+carries one row's state over its chunks. The legend of shapes is in ``chunks``.
 
 Queries and keys enter all products as they are in memory, exactly. Their scale and the inverses of
 their lengths are factors of single tokens and multiply the float32 results, or the other operand
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gated_delta_rule_chunks import QK_NORM_EPS, ChunkGrid
+from .chunks import QK_NORM_EPS, ChunkGrid
 
 __all__ = [
     "BETA", "KEY", "NARROWEST", "QUERY", "READ", "WRITE", "compute_factors", "decay_matrix",

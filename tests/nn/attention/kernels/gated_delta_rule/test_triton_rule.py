@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from olmo_core.diagnostics.extras import EXTRAS
-from olmo_core.nn.attention.kernels import gated_delta_rule_triton
-from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
-from olmo_core.nn.attention.kernels.gated_delta_rule_reference import gated_delta_rule_reference
-from olmo_core.nn.attention.kernels.gated_delta_rule_triton import unsupported
+from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule, triton_rule
+from olmo_core.nn.attention.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from olmo_core.nn.attention.kernels.gated_delta_rule.triton_rule import unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -226,12 +225,10 @@ def test_compiles_without_graph_breaks() -> None:
 
 def test_unsupported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.ones(1, 1, 2, 16, dtype=torch.float16)
-    monkeypatch.setattr(
-        gated_delta_rule_triton, "triton_refusal", lambda x: f"not on {x.device.type}"
-    )
+    monkeypatch.setattr(triton_rule, "triton_refusal", lambda x: f"not on {x.device.type}")
     assert "not on cpu" in str(unsupported(q, q))
-    monkeypatch.setattr(gated_delta_rule_triton, "triton_refusal", lambda x: None)
-    monkeypatch.setattr(gated_delta_rule_triton, "INTERPRETED", True)
+    monkeypatch.setattr(triton_rule, "triton_refusal", lambda x: None)
+    monkeypatch.setattr(triton_rule, "INTERPRETED", True)
     assert unsupported(q, q) is None
     assert "no bfloat16 products" in str(unsupported(q.bfloat16(), q.bfloat16()))
     assert "not torch.float32" in str(unsupported(q.float(), q.float()))

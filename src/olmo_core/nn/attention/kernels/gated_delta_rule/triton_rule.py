@@ -1,7 +1,7 @@
 """The gated delta rule on a CUDA device in half precision: what Triton kernels can serve, and how.
 
-The algebra is that of ``gated_delta_rule_forward`` and ``gated_delta_rule_backward``, the legend of
-shapes that of ``gated_delta_rule_chunks``. Products take operands of the inputs' dtype and sum in
+The algebra is that of ``torch_forward`` and ``torch_backward``, the legend of
+shapes that of ``chunks``. Products take operands of the inputs' dtype and sum in
 float32; states are float32 while they are carried from chunk to chunk; everything around the
 inverse of a chunk is float32.
 """
@@ -14,10 +14,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .gated_delta_rule_chunks import ChunkGrid
-from .gated_delta_rule_forward import Saved
-from .rows import rows
-from .triton_driver import INTERPRETED, triton_refusal
+from olmo_core.nn.attention.kernels.rows import rows
+from olmo_core.nn.attention.kernels.triton_driver import INTERPRETED, triton_refusal
+
+from .chunks import ChunkGrid
+from .torch_forward import Saved
 
 __all__ = ["saved_like", "triton_backward", "triton_forward", "unsupported"]
 
@@ -61,10 +62,16 @@ def _device_reason(device: torch.device) -> str | None:
 
 
 def saved_like(q: Tensor, v: Tensor) -> Saved:
-    """Room for what the backward pass needs: states and updates in q's dtype, inverses float32."""
-    states, updates, inverses = Saved.shapes(_grid(q, v))
+    """Room for what the backward pass needs: in q's dtype, the inverses float32."""
+    grid = _grid(q, v)
+    N, R, C = grid.chunks, grid.rows, grid.chunk
+    states, updates, inverses = Saved.shapes(grid)
     return Saved(
-        q.new_empty(states), q.new_empty(updates), q.new_empty(inverses, dtype=torch.float32)
+        q.new_empty(states),
+        q.new_empty(updates),
+        q.new_empty(inverses, dtype=torch.float32),
+        q.new_empty(N, R, C, C),
+        q.new_empty(N, R, C, grid.key_dim),
     )
 
 
@@ -81,16 +88,17 @@ def triton_forward(
     normalize_qk: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Saved | None]:
-    """Like :func:`.gated_delta_rule_forward.chunked_forward`, for what these kernels serve."""
-    from .gated_delta_rule_triton_forward import launch_forward
+    """Like :func:`.torch_forward.chunked_forward`, for what these kernels serve."""
+    from .triton_forward import launch_forward
 
-    grid, saved = _grid(q, v), saved_like(q, v)
+    grid = _grid(q, v)
+    saved = saved_like(q, v) if save else None
     ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
     q, k, v = rows(q, k, v)
     out, final = launch_forward(
         grid, q, k, v, g, beta, initial_state, ids, saved, scale, normalize_qk
     )
-    return out, final, saved if save else None
+    return out, final, saved
 
 
 def triton_backward(
@@ -107,8 +115,8 @@ def triton_backward(
     scale: float,
     normalize_qk: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Like :func:`.gated_delta_rule_backward.chunked_backward`, after :func:`triton_forward`."""
-    from .gated_delta_rule_triton_backward import launch_backward
+    """Like :func:`.torch_backward.chunked_backward`, after :func:`triton_forward`."""
+    from .triton_backward import launch_backward
 
     grid = _grid(q, v)
     ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)

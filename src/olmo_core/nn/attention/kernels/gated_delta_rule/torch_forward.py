@@ -1,4 +1,4 @@
-"""The chunked gated delta rule, forward. Shapes as in ``gated_delta_rule_chunks``.
+"""The chunked gated delta rule, forward. Shapes as in ``chunks``.
 
 Per chunk, with c the running sum of g, Gamma[i, j] = exp(c_i - c_j) for i >= j and S the incoming
 state (WY form of https://arxiv.org/abs/2406.06484, gated as in https://arxiv.org/abs/2412.06464)::
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gated_delta_rule_chunks import (
+from .chunks import (
     QK_NORM_EPS,
     ChunkGrid,
     Decays,
@@ -49,6 +49,10 @@ class Saved:
     """(N, R, C, V): U."""
     inverses: Tensor
     """(N, R, C, C): T."""
+    scores: Tensor | None = None
+    """(N, R, C, C): tril(Q K^T * Gamma) without the queries' scale and length. Triton's alone."""
+    erasers: Tensor | None = None
+    """(N, R, C, K): W. Triton's alone."""
 
     @staticmethod
     def shapes(grid: ChunkGrid) -> tuple[tuple[int, ...], ...]:
@@ -72,7 +76,7 @@ def chunked_forward(
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """The output (B, T, HV, V), the final state (B, HV, K, V), and with ``save`` the rest.
 
-    The arguments are those of :func:`.gated_delta_rule.gated_delta_rule`, already checked; B is 1
+    The arguments are those of :func:`.op.gated_delta_rule`, already checked; B is 1
     where ``cu_doc_lens`` is given.
     """
     grid = ChunkGrid.of(q, v)

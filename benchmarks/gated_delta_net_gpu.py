@@ -1,0 +1,162 @@
+"""One gated delta net layer, forward + backward: what a training step pays for it, and where.
+
+d_model 2048, 16 heads of 128 keys and 256 values, bf16, batch 2 x 8192 tokens, beside the same
+layer in plain torch around the same rule (what the kernels replace), and the floor: its matrix
+products at the rate of a large one, plus the bytes of convolution, gates and norm at the rate of a
+copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._gpu import (
+    Report,
+    captured,
+    copy_tbs,
+    gemm_tflops,
+    median_ms,
+    peak_mib,
+    require_cuda,
+)
+from olmo_core.config import DType
+from olmo_core.nn.attention import GatedDeltaNetConfig
+
+BATCH, TOKENS, D_MODEL, DTYPE = 2, 8192, 2048, torch.bfloat16
+
+
+def build(**options: Any) -> nn.Module:
+    config = GatedDeltaNetConfig(dtype=DType.bfloat16, **options)
+    return config.build(D_MODEL, layer_idx=0, n_layers=1, init_device="cuda")
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Inside, everything around the rule is computed in plain torch."""
+    from olmo_core.nn import convolution
+    from olmo_core.nn.attention import recurrent
+    from olmo_core.nn.attention.kernels.convolution import op
+    from olmo_core.nn.attention.kernels.gates import op as gates
+
+    with ExitStack() as stack:
+        one_by_one = lambda convs, xs, cu=None, states=None: [  # noqa: E731
+            conv(x, cu) for conv, x in zip(convs, xs, strict=True)
+        ]
+        for owner, name, value in (
+            (op, "ROWS", op.ROWS[-1:]),
+            (gates, "GATES", gates.GATES[-1:]),
+            (gates, "GATED_NORM", gates.GATED_NORM[-1:]),
+            (recurrent, "convolve_together", one_by_one),
+            (recurrent, "project", lambda linears, x: [w(x) for w in linears]),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        assert convolution
+        yield
+
+
+def step(layer: Callable[..., Tensor], module: nn.Module, graph: bool = True) -> dict[str, float]:
+    inputs = [
+        torch.randn(BATCH, TOKENS, D_MODEL, device="cuda", dtype=DTYPE).requires_grad_()
+        for _ in range(2)
+    ]
+    dout = torch.randn_like(inputs[0])
+
+    def run(x: Tensor) -> None:
+        for leaf in (x, *module.parameters()):
+            leaf.grad = None
+        layer(x).backward(dout)
+
+    calls = [partial(run, x) for x in inputs]
+    times = {"fb_ms": round(median_ms(calls), 3)}
+    with torch.no_grad():
+        times["fwd_ms"] = round(median_ms([partial(layer, x) for x in inputs]), 3)
+    times["peak_mib"] = round(peak_mib(calls[0]))
+    if graph:
+        times["graph_fb_ms"] = round(median_ms([captured(call) for call in calls]), 3)
+    return times
+
+
+def lengths() -> Tensor:
+    """Documents of 1 to 2000 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.randint(1, 2000, (200,), generator=generator).cumsum(0)
+    total = BATCH * TOKENS
+    ends = ends[ends < total]
+    return torch.tensor([0, *ends.tolist(), total], dtype=torch.int32, device="cuda")
+
+
+def layer(compiled: bool = False, documents: bool = False, **options: Any) -> dict[str, float]:
+    module = build(**options)
+    call = functools.partial(module, cu_doc_lens=lengths()) if documents else module
+    if compiled:
+        call = torch.compile(call, fullgraph=True)
+    return step(call, module, graph=not compiled and not documents)
+
+
+def before() -> dict[str, float]:
+    with plain():
+        return layer()
+
+
+def profile(top: int = 40) -> str:
+    """Device time by kernel over one forward and backward."""
+    module = build()
+    x = torch.randn(BATCH, TOKENS, D_MODEL, device="cuda", dtype=DTYPE).requires_grad_()
+    dout = torch.randn_like(x)
+    module(x).backward(dout)
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as prof:
+        module(x).backward(dout)
+        torch.cuda.synchronize()
+    rows = [e for e in prof.key_averages() if e.device_type.name == "CUDA"]
+    rows.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in rows) / 1e3
+    lines = [f"kernels {total:.2f} ms in {sum(e.count for e in rows)} launches"]
+    lines += [
+        f"  {e.self_device_time_total / 1e3:8.3f} ms {e.count:6d} x {e.key[:70]}"
+        for e in rows[:top]
+    ]
+    return "\n".join(lines)
+
+
+def floor_ms(tflops: float, tbs: float) -> dict[str, float]:
+    rows, keys, values, heads = BATCH * TOKENS, 2048, 4096, 16
+    weights = D_MODEL * (2 * keys + 3 * values + 2 * heads)
+    products = 3 * 2 * rows * weights / tflops / 1e9
+    convolution = 5 * rows * (2 * keys + values) * 2 / tbs / 1e9
+    norm = 8 * rows * values * 2 / tbs / 1e9
+    parts = {"products_ms": products, "convolution_ms": convolution, "norm_ms": norm}
+    return {name: round(value, 3) for name, value in parts.items()}
+
+
+def main() -> None:
+    require_cuda()
+    report = Report("gated_delta_net_gpu")
+    tflops = report.section("gemm_tflops", lambda: round(gemm_tflops(), 1))
+    tbs = report.section("copy_tbs", lambda: round(copy_tbs(), 3))
+    report.section("floor", partial(floor_ms, tflops, tbs))
+    sections: dict[str, Callable[[], Any]] = {
+        "layer": layer,
+        "layer, documents": partial(layer, documents=True),
+        "layer, compiled": partial(layer, compiled=True),
+        "layer, 32 value heads of 128": partial(layer, n_v_heads=32, expand_v=1.0),
+        "plain": before,
+        "profile": profile,
+    }
+    chosen = sys.argv[1:] or list(sections)
+    for name in chosen:
+        report.section(name, sections[name])
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
