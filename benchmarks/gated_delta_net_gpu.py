@@ -48,7 +48,7 @@ def plain() -> Iterator[None]:
     from olmo_core.nn.attention.kernels.gates import op as gates
 
     with ExitStack() as stack:
-        one_by_one = lambda convs, xs, cu=None, states=None: [  # noqa: E731
+        one_by_one = lambda convs, xs, cu=None, states=None, checked=False: [  # noqa: E731
             conv(x, cu) for conv, x in zip(convs, xs, strict=True)
         ]
         for owner, name, value in (

@@ -149,6 +149,7 @@ def convolve_together(
     cu_doc_lens: Tensor | None = None,
     *,
     states: Sequence[Tensor | None] | None = None,
+    checked: bool = False,
 ) -> list[Tensor]:
     """What each of up to three convolutions gives for its input: in one launch each way on a GPU.
 
@@ -157,6 +158,7 @@ def convolve_together(
     :param convolutions: Of one kernel size and activation, all with a bias or none.
     :param xs: (B, T, C) each, with one B and T.
     :param states: As :meth:`CausalConv1d.forward` takes them: for all, or None.
+    :param checked: ``cu_doc_lens`` is known to describe the tokens.
     """
     # Imported here: the attention package imports this module.
     from olmo_core.nn.attention.kernels.triton_driver import INTERPRETED
@@ -172,13 +174,14 @@ def convolve_together(
         (x, conv.weight, conv.bias, state)
         for conv, x, state in zip(convolutions, xs, states, strict=True)
     ]
-    return _convolve(streams, cu_doc_lens, convolutions[0].activation == "silu")
+    return _convolve(streams, cu_doc_lens, convolutions[0].activation == "silu", checked)
 
 
 def _convolve(
     streams: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]],
     cu_doc_lens: Tensor | None,
     silu: bool,
+    checked: bool = False,
 ) -> list[Tensor]:
     # Imported here: the attention package imports this module.
     from olmo_core.nn.attention.kernels.convolution import Stream, short_convolution
@@ -187,7 +190,8 @@ def _convolve(
     shapes = [stream[0].shape for stream in streams]
     past, seen = weight.shape[2] - 1, None
     if cu_doc_lens is not None:
-        check_cu_doc_lens(cu_doc_lens, x.shape[0] * x.shape[1], None)
+        if not checked:
+            check_cu_doc_lens(cu_doc_lens, x.shape[0] * x.shape[1], None)
         streams = [(s[0].flatten(0, 1).unsqueeze(0), *s[1:]) for s in streams]
     if torch.compiler.is_compiling() and not x.is_cuda:
         outs = [_fusible(*stream, cu_doc_lens, silu) for stream in streams]

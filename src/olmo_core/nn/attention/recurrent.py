@@ -247,7 +247,9 @@ class GatedDeltaNet(SequenceMixer):
         if self.kv_cache_manager is None:
             q, k, v = self._convolve(projected, cu_doc_lens)
             rule = self.choose_rule(q, v).run
-            out, _ = rule(q, k, v, g, beta, cu_doc_lens=cu_doc_lens, normalize_qk=True)
+            out, _ = rule(
+                q, k, v, g, beta, cu_doc_lens=cu_doc_lens, normalize_qk=True, checked=True
+            )
         else:
             cache = self.kv_cache_manager
             q, k, v = self._convolve(projected, None, cache.past_conv_inputs())
@@ -268,7 +270,7 @@ class GatedDeltaNet(SequenceMixer):
         """q, k (B, T, H, K) and v (B, T, HV, V) from the projections, given their past."""
         past = None if state is None else state.split([y.shape[-1] for y in projected], -1)
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        q, k, v = convolve_together(convolutions, projected, cu_doc_lens, states=past)
+        q, k, v = convolve_together(convolutions, projected, cu_doc_lens, states=past, checked=True)
         q, k = (y.unflatten(-1, (self.n_heads, self.head_k_dim)) for y in (q, k))
         return q, k, v.unflatten(-1, (self.n_v_heads, self.head_v_dim))
 

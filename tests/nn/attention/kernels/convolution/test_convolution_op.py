@@ -39,7 +39,11 @@ def forced(form: str) -> Iterator[None]:
             return
         from olmo_core.nn.attention.kernels.convolution import triton_walk
 
-        with mock.patch.object(triton_walk, "_STEPS", 20):
+        with (
+            mock.patch.object(triton_walk, "_BLOCK", 64),
+            mock.patch.object(triton_walk, "_FORWARD", (8, 20, 4)),
+            mock.patch.object(triton_walk, "_BACKWARD", (4, 20, 2)),
+        ):
             yield
 
 

@@ -133,6 +133,18 @@ def test_any_documents(batch: int, lengths: list[int], group: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("ends", [[1, 70, 200, 390], [390, 390], [64, 128, 256, 390], [10, 390]])
+def test_documents_split_the_scan(ends: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans begin where a document does: at once, in the middle, or as far back as the start."""
+    from olmo_core.nn.attention.kernels.gated_delta_rule import triton_backward, triton_forward
+
+    for module in (triton_forward, triton_backward):
+        monkeypatch.setattr(module, "spans_for", lambda programs, chunks, x: 3)
+    cu = torch.tensor([0, *ends], device=DEVICE, dtype=torch.int32)
+    check(make(tokens=390, states=1, decay=0.02), cu_doc_lens=cu)
+
+
+@needs_kernels
 @pytest.mark.parametrize("key_dim", [128, 192, 256])
 def test_wide_keys(key_dim: int) -> None:
     check(make(tokens=70, group=2, key_dim=key_dim, value_dim=144))

@@ -22,11 +22,12 @@ from torch import Tensor
 
 __all__ = ["launch_backward", "launch_forward"]
 
-_BLOCK = 64  # channels: 128 bytes of half precision
+_BLOCK = 128  # channels
 _WARPS = 4
-_FORWARD_EACH, _BACKWARD_EACH = 8, 4  # a thread's elements, each of which keeps K - 1 past ones
-_UNROLL = 4  # tokens whose loads are in flight together
-_STEPS = 40  # tokens of a span, those read for its neighbours included
+# By measurement: a thread's elements, each of which keeps K - 1 past ones; the tokens of a span,
+# those read for its neighbours included; and the tokens whose loads are in flight together.
+_FORWARD = (4, 40, 4)
+_BACKWARD = (4, 72, 2)
 
 
 @triton.jit
@@ -251,9 +252,10 @@ def _backward(
 
 
 def _sizes(
-    xs: Sequence[Tensor], others: Sequence[Tensor], size: int, silu: bool, each: int
+    xs: Sequence[Tensor], others: Sequence[Tensor], size: int, silu: bool, shape: tuple[int, ...]
 ) -> dict[str, Any]:
-    """What a kernel is compiled for. ``each``: a thread's elements."""
+    """What a kernel is compiled for; ``shape`` is that of its walk."""
+    each, steps, unroll = shape
     widths = [x.shape[2] for x in xs]
     even = all(width % _BLOCK == 0 for width in widths)
     aligned = even and all(
@@ -264,7 +266,7 @@ def _sizes(
     return {
         **{f"channels_{i}": width for i, width in enumerate(widths)},
         "K": size, "SILU": silu, "EVEN": even, "ALIGN": 8 if aligned else 1,
-        "SEGMENTS": _WARPS * 32 * each // _BLOCK, "STEPS": _STEPS, "UNROLL": _UNROLL,
+        "SEGMENTS": _WARPS * 32 * each // _BLOCK, "STEPS": steps, "UNROLL": unroll,
         "BLOCK": _BLOCK, "num_warps": _WARPS,
     }  # fmt: skip
 
@@ -301,8 +303,8 @@ def launch_forward(
     """
     size = weights[0].shape[2]
     ys = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
-    sizes = _sizes(xs, ys, size, silu, _FORWARD_EACH if size <= 4 else 4)
-    _forward[_grid(xs, _STEPS - size + 1, sizes["SEGMENTS"])](
+    sizes = _sizes(xs, ys, size, silu, _FORWARD)
+    _forward[_grid(xs, _FORWARD[1] - size + 1, sizes["SEGMENTS"])](
         *_three(xs), *_three(weights), *_three(biases), *_three(states), *_three(ys), seen,
         xs[0].shape[1], *_strides(xs), **sizes, BIAS=biases[0] is not None,
         STATE=states[0] is not None, DOCUMENTS=seen is not None,
@@ -323,8 +325,8 @@ def launch_backward(
     size = weights[0].shape[2]
     dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
     dstates = [None if s is None else torch.zeros_like(s) for s in states]
-    sizes = _sizes(xs, [*dys, *dxs], size, silu, _BACKWARD_EACH)
-    grid = _grid(xs, _STEPS - 2 * (size - 1), sizes["SEGMENTS"])
+    sizes = _sizes(xs, [*dys, *dxs], size, silu, _BACKWARD)
+    grid = _grid(xs, _BACKWARD[1] - 2 * (size - 1), sizes["SEGMENTS"])
     widths = [x.shape[2] for x in xs]
     counts = [w * size for w in widths] + (widths if biases[0] is not None else [])
     parts = torch.empty(grid[1], sum(counts), dtype=torch.float32, device=xs[0].device)

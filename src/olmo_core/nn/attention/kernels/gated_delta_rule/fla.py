@@ -34,6 +34,7 @@ def fla_gated_delta_rule(
     initial_state: Tensor | None = None,
     cu_doc_lens: Tensor | None = None,
     normalize_qk: bool = False,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """:func:`.op.gated_delta_rule` by fla: the same arguments, the same result.
 

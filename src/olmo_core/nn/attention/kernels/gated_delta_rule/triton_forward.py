@@ -25,7 +25,10 @@ from .triton_shared import (
     compute_factors,
     decay_matrix,
     factor,
+    last_start,
     load_rows,
+    span_of,
+    spans_for,
     split_dot,
     strides,
     token_rows,
@@ -108,13 +111,14 @@ def _prepare(
 
 @triton.jit(do_not_specialize=["padding", "rows", "chunks"])
 def _scan(
-    q_ptr, k_ptr, w_ptr, scores_ptr, factors_ptr, initial_ptr, updates_ptr, states_ptr, out_ptr,
-    final_ptr, padding, rows, chunks, q_stride_b, q_stride_t, q_stride_h,
+    q_ptr, k_ptr, w_ptr, scores_ptr, factors_ptr, ids_ptr, initial_ptr, values_ptr, updates_ptr,
+    states_ptr, out_ptr, final_ptr, padding, rows, chunks, q_stride_b, q_stride_t, q_stride_h,
     k_stride_b, k_stride_t, k_stride_h, out_stride_b, out_stride_t, out_stride_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
     K_PAD: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """``updates`` holds T (beta V) and, where states are kept, receives U."""
+    """``values`` is T (beta V). Where states are kept, so is U: in its place for a single span."""
     block, row = tl.program_id(0), tl.program_id(1)
     i, k_columns = tl.arange(0, C), tl.arange(0, K_PAD)
     v_columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -125,18 +129,24 @@ def _scan(
     low = updates_ptr.dtype.element_ty
 
     row_state = row.to(tl.int64) * (K * V)
+    begin, first, stop = 0, 0, chunks
+    if DOCUMENTS:
+        first, stop = span_of(chunks)
+        begin = last_start(ids_ptr, first, chunks, C)
     state = tl.zeros((K_PAD, BLOCK_V), tl.float32)
     if initial_ptr is not None:
-        initial = tl.load(initial_ptr + row_state + state_at, mask=state_keep, other=0.0)
+        at_start = state_keep & (begin == 0)
+        initial = tl.load(initial_ptr + row_state + state_at, mask=at_start, other=0.0)
         state += initial.to(tl.float32)
-    for n in tl.range(0, chunks, num_stages=STAGES):
+    for n in tl.range(begin, stop, num_stages=STAGES):
+        mine = n >= first
         chunk_row = row + rows * tl.cast(n, tl.int64)
         at, live = token_rows(n, row, padding, q_stride_b, q_stride_t, q_stride_h, HEADS, GROUP, C)
         q = load_rows(q_ptr, at, live, k_columns, K)
         at, live = token_rows(n, row, padding, k_stride_b, k_stride_t, k_stride_h, HEADS, GROUP, C)
         k = load_rows(k_ptr, at, live, k_columns, K)
         w = tl.load(w_ptr + chunk_row * (C * K) + w_at, mask=w_keep, other=0.0)
-        u = tl.load(updates_ptr + chunk_row * (C * V) + u_at, mask=u_keep, other=0.0)
+        u = tl.load(values_ptr + chunk_row * (C * V) + u_at, mask=u_keep, other=0.0)
         scores = tl.load(scores_ptr + chunk_row * (C * C) + i[:, None] * C + i[None, :])
         key = factor(factors_ptr, KEY, chunk_row, C)
         query = factor(factors_ptr, QUERY, chunk_row, C)
@@ -149,16 +159,17 @@ def _scan(
         written = (update * (key * write)[:, None]).to(low)
         state = tl.dot(tl.trans(k), written, state * whole)
         if states_ptr is not None:
-            tl.store(states_ptr + chunk_row * (K * V) + state_at, incoming, mask=state_keep)
-            tl.store(updates_ptr + chunk_row * (C * V) + u_at, update.to(low), mask=u_keep)
+            state_mine, u_mine = state_keep & mine, u_keep & mine
+            tl.store(states_ptr + chunk_row * (K * V) + state_at, incoming, mask=state_mine)
+            tl.store(updates_ptr + chunk_row * (C * V) + u_at, update.to(low), mask=u_mine)
         out = tl.dot(q, incoming) * read[:, None]
         out = tl.dot(scores, update.to(low), out) * query[:, None]
         at, live = token_rows(
             n, row, padding, out_stride_b, out_stride_t, out_stride_h, HEADS, 1, C
         )
         out_at = at[:, None] + v_columns[None, :]
-        tl.store(out_ptr + out_at, out.to(low), mask=live[:, None] & u_keep)
-    tl.store(final_ptr + row_state + state_at, state, mask=state_keep)
+        tl.store(out_ptr + out_at, out.to(low), mask=live[:, None] & u_keep & mine)
+    tl.store(final_ptr + row_state + state_at, state, mask=state_keep & (stop == chunks))
 
 
 def launch_forward(
@@ -179,18 +190,22 @@ def launch_forward(
     else:
         w, scores, updates = saved.erasers, saved.scores, saved.updates
         states, inverses = saved.states, saved.inverses
+    programs = triton.cdiv(V, NARROWEST) * R
+    spans = spans_for(programs, N, q) if documents else 1
+    # A span that warms up reads values in chunks whose updates another one writes.
+    values = updates if spans == 1 else torch.empty_like(updates)
     _prepare[(N, R)](
-        q, k, v, factors, ids, inverses, w, updates, scores, *common, *strides(q, k, v),
+        q, k, v, factors, ids, inverses, w, values, scores, *common, *strides(q, k, v),
         **sizes, V=V, LEVELS=C.bit_length() - 1, BLOCK_V=NARROWEST, DOCUMENTS=documents,
-        num_warps=warps, num_stages=2,
+        num_warps=warps, num_stages=3,
     )  # fmt: skip
 
     final = factors.new_empty(grid.batch, grid.value_heads, K, V)
     initial = None if initial_state is None else initial_state.contiguous()
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _scan[(triton.cdiv(V, NARROWEST), R)](
-        q, k, w, scores, factors, initial, updates, states, out, final, *common, N,
+    _scan[(triton.cdiv(V, NARROWEST), R, spans)](
+        q, k, w, scores, factors, ids, initial, values, updates, states, out, final, *common, N,
         *strides(q, k, out), **sizes, V=V, BLOCK_V=NARROWEST, STAGES=1 if wide else 3,
-        num_warps=warps,
+        DOCUMENTS=documents, num_warps=warps,
     )  # fmt: skip
     return out, final

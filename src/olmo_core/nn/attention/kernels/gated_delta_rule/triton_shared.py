@@ -17,13 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.triton_driver import multiprocessors
+
 from .chunks import QK_NORM_EPS, ChunkGrid
 
 __all__ = [
     "BETA", "KEY", "NARROWEST", "QUERY", "READ", "WRITE", "compute_factors", "decay_matrix",
-    "factor", "load_rows", "pad", "split_dot", "strides", "token_rows", "whole_decay",
+    "factor", "last_start", "load_rows", "next_start", "pad", "span_of", "spans_for", "split_dot",
+    "strides", "token_rows", "whole_decay",
 ]  # fmt: skip
 
+_MOST_SPANS = 8  # of a sequence: what each reads again costs more than more of them save
 NARROWEST = 64  # columns of a tile: see :func:`pad`
 
 # The planes of the factors (N, R, PLANES, C).
@@ -78,6 +82,44 @@ def decay_matrix(ptr, ids_ptr, chunk_row, n, C: tl.constexpr, DOCUMENTS: tl.cons
         ids = tl.load(ids_ptr + n * C + i)
         seen = seen & (ids[:, None] == ids[None, :])
     return tl.where(seen, tl.exp(tl.minimum(exponent, 0.0)), 0.0)
+
+
+@triton.jit
+def span_of(chunks):
+    """The first and past-the-last chunk of this program's span."""
+    span, spans = tl.program_id(2), tl.num_programs(2)
+    return chunks * span // spans, chunks * (span + 1) // spans
+
+
+@triton.jit
+def _starts(ids_ptr, first, chunks, C: tl.constexpr):
+    """64 chunks from ``first`` on, and in which of them a document starts that reaches the end:
+    nothing of the incoming state is left after those."""
+    n = first + tl.arange(0, 64)
+    inside = (n > 0) & (n < chunks)
+    last = tl.load(ids_ptr + n * C + (C - 1), mask=inside, other=0)
+    before = tl.load(ids_ptr + n * C - 1, mask=inside, other=0)
+    return n, inside & (last != before)
+
+
+@triton.jit
+def last_start(ids_ptr, stop, chunks, C: tl.constexpr):
+    """The last chunk before ``stop`` that forgets its incoming state, or 0."""
+    found = 0
+    for first in range(0, stop, 64):
+        n, forgets = _starts(ids_ptr, first, chunks, C)
+        found = tl.maximum(found, tl.max(tl.where(forgets & (n < stop), n, 0), axis=0))
+    return found
+
+
+@triton.jit
+def next_start(ids_ptr, stop, chunks, C: tl.constexpr):
+    """One past the first chunk from ``stop`` on that forgets its incoming state, or the end."""
+    found = chunks
+    for first in range(stop, chunks, 64):
+        n, forgets = _starts(ids_ptr, first, chunks, C)
+        found = tl.minimum(found, tl.min(tl.where(forgets, n + 1, chunks), axis=0))
+    return found
 
 
 @triton.jit
@@ -144,6 +186,15 @@ def pad(size: int) -> int:
     shared memory.
     """
     return max(NARROWEST, triton.next_power_of_2(size))
+
+
+def spans_for(programs: int, chunks: int, x: Tensor) -> int:
+    """Into how many spans to cut a sequence of documents for which there are few programs.
+
+    A span begins at the last chunk before it where a document starts, and ends, going back, at the
+    next one after it, so that it needs nothing of its neighbours: states do not cross documents.
+    """
+    return max(1, min(_MOST_SPANS, chunks // 2, multiprocessors(x.device) // programs))
 
 
 def strides(*tensors: Tensor) -> list[int]:
