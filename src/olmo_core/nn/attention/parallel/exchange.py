@@ -176,10 +176,11 @@ def plan_exchange(held: SpanTable, wanted: SpanTable, rank: int, n: int) -> Exch
     order = part.start.argsort()
     received, position = _Intervals(*(x[order] for x in part)), position[order]
 
-    place = _received_rows(want, received, position)
+    in_order = _received_rows(want, received, position)
+    place: Tensor | None = in_order
     first: Tensor | None = None
     again: list[tuple[Tensor, Tensor]] = []
-    if torch.equal(place, torch.arange(len(place))):
+    if torch.equal(in_order, torch.arange(sum(n_receive))):
         place = None
     else:
         number = want.length.cumsum(0) - want.length  # of the first wanted row of an interval

@@ -15,7 +15,6 @@ from torch import Tensor
 from olmo_core.distributed.collectives import place_in
 from olmo_core.nn.attention.kernels import get_kernel
 from olmo_core.nn.attention.kernels.library_args import rows
-from olmo_core.nn.attention.parallel.exchange import accumulator
 from olmo_core.nn.attention.parallel.op import (
     Shard,
     agreed_documents,
@@ -36,9 +35,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> tuple[Tensor, Ten
     b, t, h, _ = q.shape
     out = lse = None
     for hq, keys, values in _gathered(q, k, v, plan, shard):
-        part, part_lse, _ = kernel.forward(
-            *rows(q[:, :, hq], keys, values), plan.segments, scale=shard.scale
-        )
+        queries, keys, values = rows(q[:, :, hq], keys, values)
+        part, part_lse, _ = kernel.forward(queries, keys, values, plan.segments, scale=shard.scale)
+        del keys, values
         if part.shape == q.shape:
             return part, part_lse
         if out is None or lse is None:
@@ -60,11 +59,13 @@ def _backward(
     store = None
     for hq, keys, values in _gathered(q, k, v, plan, shard):
         hk = slice(hq.start * k.shape[2] // q.shape[2], hq.stop * k.shape[2] // q.shape[2])
+        queries, keys, values = rows(q[:, :, hq], keys, values)
         dout_part, out_part = (x[:, :, hq].contiguous() for x in (dout, out))
         part, *d_gathered = kernel.backward(
-            dout_part, *rows(q[:, :, hq], keys, values), out_part, lse[:, hq].contiguous(), rng,
+            dout_part, queries, keys, values, out_part, lse[:, hq].contiguous(), rng,
             plan.segments, scale=shard.scale,
         )  # fmt: skip
+        del keys, values
         dq[:, :, hq] = part
         if store is not None:
             store()

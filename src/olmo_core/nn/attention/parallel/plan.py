@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,9 +14,9 @@ from olmo_core.nn.attention.parallel.readings import Reading, short
 from olmo_core.nn.attention.segments import Segments
 
 __all__ = [
+    "WHOLE",
     "GatherPlan",
     "RingPlan",
-    "WHOLE",
     "check_documents",
     "gather_plan",
     "plan_positions",
@@ -114,7 +113,7 @@ def gather_plan(
 
 @dataclass(frozen=True)
 class RingPlan:
-    """The three problems of a ring in zig-zag, where a document's rows are an early and a late half.
+    """The three problems of a ring in zig-zag: a document's rows are an early and a late half.
 
     Rows are those of the flattened batch. A shard that comes from an earlier rank is seen by its
     early halves, by all queries; one from a later rank wholly, by the late halves of the queries.

@@ -48,5 +48,5 @@ shard_positions = register_inference(LIBRARY, "shard_positions", _forward, _fake
 """The op ``shard_positions(x, lengths, layout, local, ranks, rank, parts, part) -> Tensor``.
 
 The position inside its document of each token of ``x``, ``(b, t, ...)``: ``(b, t)``, int64. The
-layout deals to ``ranks``, of which this is ``rank``; with Ulysses each shard is cut in ``parts``, of
-which this is ``part``."""
+layout deals to ``ranks``, of which this is ``rank``; with Ulysses each shard is cut in ``parts``,
+of which this is ``part``."""

@@ -37,16 +37,6 @@ class _Step(NamedTuple):
     segments: Segments
 
 
-def _steps(plan: RingPlan, rank: int, ranks: int) -> Iterator[_Step]:
-    """In step ``i`` the shard of rank ``rank - i`` is here."""
-    yield _Step(None, None, plan.own)
-    for i in range(1, ranks):
-        if i <= rank:
-            yield _Step(None, plan.early, plan.from_earlier)
-        else:
-            yield _Step(plan.late, None, plan.from_later)
-
-
 def _pick(x: Tensor, index: Tensor | None, dim: int = 1) -> Tensor:
     return x if index is None else x.index_select(dim, index)
 
@@ -56,12 +46,22 @@ def _one_row(x: Tensor) -> Tensor:
     return x if x.shape[0] == 1 else x.flatten(0, 1)[None]
 
 
-def _shards(k: Tensor, v: Tensor, group: str, ranks: int) -> Iterator[Tensor]:
-    """Keys and values of one rank after another, ``(1, b * t, g, 2 * d)``, this one's first."""
+def _rounds(k: Tensor, v: Tensor, plan: RingPlan, group: str) -> Iterator[tuple[_Step, Tensor]]:
+    """The steps with the keys and values that are here, ``(1, b * t, g, 2 * d)``: in step ``i``
+    those of the rank ``i`` before this one.
+
+    The next shard is on its way before the caller computes.
+    """
+    rank, ranks = place_in(group)
     here = _one_row(torch.cat((k, v), dim=-1).contiguous())
     for i in range(ranks):
         coming = rotate(here[0], group) if i + 1 < ranks else None
-        yield here
+        if i == 0:
+            yield _Step(None, None, plan.own), here
+        elif i <= rank:
+            yield _Step(None, plan.early, plan.from_earlier), here
+        else:
+            yield _Step(plan.late, None, plan.from_later), here
         if coming is not None:
             here = coming.wait()[None]
 
@@ -82,7 +82,7 @@ def merge_(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
-    rank, ranks = place_in(shard.group)
+    _, ranks = place_in(shard.group)
     heads = (q.shape[2], k.shape[2])
     reading = agreed_documents(shard, q, heads, ranks, q.shape[1])
     plan = ring_plan(reading, ranks, q.shape[0])
@@ -90,14 +90,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> tuple[Tensor, Ten
     (q1,) = rows(_one_row(q))
     late = q1.index_select(1, plan.late) if ranks > 1 else q1
     out = lse = None
-    for step, shard_kv in zip(
-        _steps(plan, rank, ranks), _shards(k, v, shard.group, ranks), strict=True
-    ):
-        keys_values = _pick(shard_kv, step.keys)
+    for step, keys_values in _rounds(k, v, plan, shard.group):
+        keys_values = _pick(keys_values, step.keys)
         queries = q1 if step.queries is None else late
         more, more_lse, _ = kernel.forward(
             queries, keys_values[..., :d], keys_values[..., d:], step.segments, scale=shard.scale
         )
+        del keys_values  # or this shard would live on while the one after the next arrives
         if out is None or lse is None:
             out, lse = more.to(accumulator(q.dtype)), more_lse
         elif step.queries is None:
@@ -114,7 +113,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> tuple[Tensor, Ten
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shard: Shard
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rank, ranks = place_in(shard.group)
+    _, ranks = place_in(shard.group)
     plan = ring_plan(documents_of(shard, ranks, q.shape[1], q.device), ranks, q.shape[0])
     kernel, rng, d = get_kernel(shard.kernel), q.new_empty(0, dtype=torch.int64), q.shape[3]
     (q1,) = rows(_one_row(q))
@@ -123,31 +122,31 @@ def _backward(
     late_lse = lse.index_select(2, plan.late) if ranks > 1 else lse
 
     acc = accumulator(q.dtype)
-    dq = home = travelling = None
+    dq: Tensor | None = None
+    home = torch.empty(0)
     coming: Pending | None = None
-    for step, shard_kv in zip(
-        _steps(plan, rank, ranks), _shards(k, v, shard.group, ranks), strict=True
-    ):
-        keys_values = _pick(shard_kv, step.keys)
+    for step, keys_values in _rounds(k, v, plan, shard.group):
+        keys_values = _pick(keys_values, step.keys)
         do, qs, o = whole if step.queries is None else late
         part, *d_keys_values = kernel.backward(
             do, qs, keys_values[..., :d], keys_values[..., d:], o,
             lse if step.queries is None else late_lse, rng, step.segments, scale=shard.scale,
         )  # fmt: skip
+        del keys_values
         gradient = torch.cat(d_keys_values, dim=-1).to(acc)
         if dq is None:
             dq, home = part.to(acc), gradient
             continue
         # The gradient of a shard follows it from rank to rank, a step behind, and then goes home.
         travelling = torch.zeros_like(home) if coming is None else coming.wait()[None]
-        if step.queries is None:
+        if step.keys is not None:
             dq += part
             travelling.index_add_(1, step.keys, gradient)
-        else:
+        elif step.queries is not None:
             dq.index_add_(1, step.queries, part.to(acc))
             travelling += gradient
         coming = rotate(travelling[0], shard.group)
-    assert dq is not None and home is not None
+    assert dq is not None
     if coming is not None:
         home += coming.wait()[None]
     home = home.to(k.dtype).view(*k.shape[:3], 2 * d)

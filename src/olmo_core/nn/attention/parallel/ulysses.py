@@ -88,5 +88,5 @@ def _differentiate(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
 
 LIBRARY.define(f"swap_heads(Tensor x, {ARGUMENTS}) -> Tensor", tags=TAGS)
 swap_heads = register_differentiable(LIBRARY, "swap_heads", _forward, _fake, _differentiate, _save)
-"""The op ``swap_heads(x, *shard) -> Tensor``: block ``i`` of ``x``, ``(ranks, b, t, h, d)``, goes to
-rank ``i``, whose block for this rank comes in its place. It is its own gradient."""
+"""The op ``swap_heads(x, *shard) -> Tensor``: block ``i`` of ``x``, ``(ranks, b, t, h, d)``, goes
+to rank ``i``, whose block for this rank comes in its place. It is its own gradient."""
