@@ -1,4 +1,4 @@
-"""What the tests of the schedules share: a dense oracle, and every schedule by name on a shard."""
+"""What the tests of the schedules share: a dense oracle, places in a mesh, and shards."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
-from olmo_core.nn.attention.ops import attend
-from olmo_core.nn.attention.parallel.gather import gather
+from olmo_core.nn.attention.parallel.context import ContextParallel
 from olmo_core.nn.attention.parallel.layout import LAYOUTS
-from olmo_core.nn.attention.parallel.op import Shard
-from olmo_core.nn.attention.parallel.plan import WHOLE
-from olmo_core.nn.attention.parallel.ring import ring
-from olmo_core.nn.attention.parallel.ulysses import ulysses
-from olmo_core.nn.attention.segments import Segments
+from olmo_core.nn.attention.parallel.schedule import attend_sharded
+from olmo_core.nn.attention.parallel.styles import (
+    RingContextParallelStyle,
+    UlyssesContextParallelStyle,
+)
 
 SCALE = 0.3
+STYLES = {"contiguous": "llama3", "zig_zag": "zig_zag", "balanced": "balanced"}
+"""The load balancer of each layout."""
+_CONTEXTS: dict[Any, ContextParallel] = {}
 
 
 def dense(
@@ -52,64 +54,53 @@ def draw(
     )
 
 
-def world() -> str:
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD.group_name
+def int32(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
-def shard_of(layout: str, lengths: Tensor | None, **changed: Any) -> Shard:
-    """A shard over all ranks."""
-    shard = Shard(
-        lengths=lengths, layout=layout, local=False, window=-1, head_stride=1, scale=SCALE,
-        kernel="torch", group=world(), everyone=world(),
-    )  # fmt: skip
-    return shard._replace(**changed)
+def context_of(
+    n: int, layout: str | None = None, *, ulysses: int = 1, head_stride: int = 1
+) -> ContextParallel:
+    """This rank's place among ``n``.
 
-
-def run(
-    schedule: str, q: Tensor, k: Tensor, v: Tensor, shard: Shard, *, ring_group: str = ""
-) -> Tensor:
-    """A schedule's output.
-
-    :param schedule: ``ring``, ``gather`` or ``ulysses``, or one of the first two with ``ulysses+``
-        before it: ``shard.group`` is then the inner group, and ``ring_group`` the outer one.
+    :param layout: Of the ring; None for Ulysses alone.
+    :param ulysses: The Ulysses degree inside the ring.
     """
-    if schedule == "ring":
-        return ring(q, k, v, *shard)[0]
-    if schedule == "gather":
-        return gather(q, k, v, *shard)[0]
-    degree = dist.get_world_size(dist.distributed_c10d._resolve_process_group(shard.group))
-    if schedule == "ulysses":
-        lengths, shard = shard.lengths, shard._replace(layout=WHOLE)
-
-        def inner(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if lengths is None:
-                problem = Segments.dense(q.shape[1], k.shape[1], window=shard.window)
-            else:
-                total = q.shape[0] * q.shape[1]
-                problem = Segments.documents(lengths, total, window=shard.window)
-            return attend(q, k, v, problem, scale=SCALE, kernel=shard.kernel)
-
-    else:
-        of_ring = shard._replace(group=ring_group, everyone="")
-
-        def inner(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return run(schedule.removeprefix("ulysses+"), q, k, v, of_ring)
-
-    return ulysses(q, k, v, inner, degree, shard)
+    key = (n, layout, ulysses, head_stride)
+    if key not in _CONTEXTS:
+        both = layout is not None and ulysses > 1
+        shape = (n // ulysses, ulysses) if both else (n,)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("ring", "ulysses")[: len(shape)])
+        ring = uly = None
+        if layout is not None:
+            ring = RingContextParallelStyle(STYLES[layout], head_stride=head_stride)
+        if both or ring is None:
+            uly = UlyssesContextParallelStyle()
+        _CONTEXTS[key] = ContextParallel.from_mesh(mesh, ring, uly)
+    return _CONTEXTS[key]
 
 
-def own_rows(layout: str, cu: Sequence[int], rank: int, n: int) -> Tensor:
-    return LAYOUTS[layout].table(cu, n).of(rank).tokens()
+def own_rows(layout: str | None, cu: Sequence[int], rank: int, n: int, ulysses: int = 1) -> Tensor:
+    """The tokens of a rank's rows."""
+    if layout is None:
+        return torch.arange(cu[-1]).chunk(n)[rank]
+    ring, part = divmod(rank, ulysses)
+    return LAYOUTS[layout].table(cu, n // ulysses).of(ring).tokens().chunk(ulysses)[part]
+
+
+def attend_on(
+    context: ContextParallel, *qkv: Tensor, lengths: Tensor | None, **more: Any
+) -> Tensor:
+    return attend_sharded(*qkv, context, lengths, scale=SCALE, **{"kernel": "torch", **more})
 
 
 def forward_backward(
-    schedule: str, whole: Sequence[Tensor], rows: Tensor, shard: Shard, **more: Any
+    context: ContextParallel, whole: Sequence[Tensor], rows: Tensor, **more: Any
 ) -> list[Tensor]:
     """``[out, dq, dk, dv]`` of one rank's rows."""
     *qkv, dout = (x[:, rows] for x in whole)
     qkv = [x.clone().requires_grad_() for x in qkv]
-    out = run(schedule, *qkv, shard, **more)
+    out = attend_on(context, *qkv, **more)
     return [out.detach(), *torch.autograd.grad(out, qkv, dout)]
 
 

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from gloo_ranks import on_ranks
-from nn.attention.parallel.schedules import draw, forward_backward, own_rows, run, shard_of
+from nn.attention.parallel.schedules import (
+    attend_on,
+    context_of,
+    draw,
+    forward_backward,
+    int32,
+    own_rows,
+)
 from olmo_core.distributed.collectives import count_traffic
 from olmo_core.nn.attention.parallel import ring as ring_module
 from olmo_core.nn.attention.parallel.exchange import Exchange, plan_exchange
@@ -126,7 +133,7 @@ def counted(rank: int, n: int) -> None:
     heads, dim = (6, 3), 4
     cu = [0, 5 * 2 * n, 5 * 2 * n, 6 * 2 * n, 8 * 2 * n]
     whole = [x.float() for x in draw(1, cu[-1], heads, dim)]
-    lengths = torch.tensor(cu, dtype=torch.int32)
+    lengths = int32(cu)
     for layout in LAYOUTS:
         rows = own_rows(layout, cu, rank, n)
         *qkv, dout = (x[:, rows] for x in whole)
@@ -137,11 +144,13 @@ def counted(rank: int, n: int) -> None:
             held_by = [set(own_rows(layout, cu, i, n).tolist()) for i in range(n)]
             from_others = [len(missing[rank] & tokens) for tokens in held_by]
             for stride in (1, 2, 3, 8):
-                shard = shard_of(layout, lengths, window=window, head_stride=stride)
+                context = context_of(n, layout, head_stride=stride)
+                if context.rotates(window):
+                    continue
                 inputs = [x.clone().requires_grad_() for x in qkv]
                 messages = ceil(heads[1] / stride)
                 with count_traffic() as traffic:
-                    out = run("gather", *inputs, shard)
+                    out = attend_on(context, *inputs, lengths=lengths, window=window)
                 assert traffic.bytes == sum(to_others) * heads[1] * 2 * dim * 4
                 assert traffic.messages == messages * sum(c > 0 for c in to_others)
                 with count_traffic() as traffic:
@@ -155,18 +164,18 @@ def counted(rank: int, n: int) -> None:
     inputs = [x.clone().requires_grad_() for x in qkv]
     shard_bytes = len(rows) * heads[1] * 2 * dim * 4
     with count_traffic() as traffic:
-        out = run("ring", *inputs, shard_of("zig_zag", lengths))
+        out = attend_on(context_of(n, "zig_zag"), *inputs, lengths=lengths)
     assert (traffic.messages, traffic.bytes) == (n - 1, (n - 1) * shard_bytes)
     with count_traffic() as traffic:
         out.backward(dout)
     assert (traffic.messages, traffic.bytes) == (2 * (n - 1), 2 * (n - 1) * shard_bytes)
 
-    rows = own_rows("contiguous", cu, rank, n)
+    rows = own_rows(None, cu, rank, n)
     *qkv, dout = (x[:, rows] for x in whole)
     if heads[0] % n == 0:
         n_kv = heads[1] if heads[1] % n == 0 else heads[1] * n
         with count_traffic() as traffic:
-            run("ulysses", *qkv, shard_of("contiguous", lengths))
+            attend_on(context_of(n), *qkv, lengths=lengths)
         packed = (heads[0] + 2 * n_kv + heads[0]) * len(rows) * dim * 4
         assert (traffic.messages, traffic.bytes) == (2 * (n - 1), packed * (n - 1) // n)
 
@@ -205,7 +214,7 @@ def alive(rank: int, n: int) -> int:
     ring_module.rotate = rotate
     try:
         *qkv, _ = (x[:, rows] for x in draw(1, cu[-1], (2, 2), 8))
-        run("ring", *qkv, shard_of("zig_zag", torch.tensor(cu, dtype=torch.int32)))
+        attend_on(context_of(n, "zig_zag"), *qkv, lengths=int32(cu))
     finally:
         ring_module.rotate = real
     return most
@@ -218,19 +227,14 @@ def test_a_ring_holds_two_shards() -> None:
 
 def same_bits(rank: int, n: int) -> None:
     cu = [0, 3 * 2 * n, 9 * 2 * n]
-    lengths = torch.tensor(cu, dtype=torch.int32)
+    lengths = int32(cu)
     whole = [x.bfloat16() for x in draw(1, cu[-1], (4, 2), 8)]
-    for schedule, layout in (
-        ("gather", "zig_zag"),
-        ("gather", "balanced"),
-        ("ring", "zig_zag"),
-        ("ulysses", "contiguous"),
-    ):
-        rows = own_rows(layout, cu, rank, n)
+    for layout, window in (("zig_zag", 9), ("balanced", -1), ("zig_zag", -1), (None, -1)):
+        rows, context = own_rows(layout, cu, rank, n), context_of(n, layout)
         first, second = (
-            forward_backward(schedule, whole, rows, shard_of(layout, lengths)) for _ in range(2)
+            forward_backward(context, whole, rows, lengths=lengths, window=window) for _ in range(2)
         )
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), schedule
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), layout
 
 
 @pytest.mark.distributed

@@ -6,19 +6,17 @@ import random
 from collections.abc import Iterator
 from itertools import product
 from math import gcd
-from typing import Any
 
 import pytest
-import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from gloo_ranks import on_ranks
 from nn.attention.parallel.schedules import (
+    context_of,
     dense,
     draw,
     forward_backward,
+    int32,
     own_rows,
-    shard_of,
     worst,
 )
 
@@ -28,79 +26,56 @@ WINDOWS = (-1, 1, 5, 10**6)
 HEADS = ((4, 4), (4, 2), (4, 1))
 
 
-def documents(n: int) -> Iterator[tuple[str, list[int], tuple[str, ...]]]:
-    """Names, lengths, and the layouts that can deal them to ``n`` ranks."""
-    m, every = 2 * n, ("contiguous", "zig_zag", "balanced")
+def documents(n: int) -> Iterator[tuple[str, list[int], tuple[str | None, ...]]]:
+    """Names, lengths, and the layouts that can deal them to ``n`` ranks; None is Ulysses alone."""
+    m, every = 2 * n, ("contiguous", "zig_zag", "balanced", None)
     yield "one", [0, 6 * m], every
     yield "many", [0, 2 * m, 2 * m, 3 * m, 7 * m, 8 * m], every
     yield "chunks of one token", [m * i for i in range(7)], every
     total = 11 * n + 30
-    yield "ragged", [0, 1, 2, 3, 17, 20, 21, total + -total % n], ("contiguous", "balanced")
+    yield "ragged", [0, 1, 2, 3, 17, 20, 21, total + -total % n], ("contiguous", "balanced", None)
 
 
-def matrix(rank: int, n: int, heads: tuple[int, int]) -> tuple[int, float]:
-    """How many cases were compared, and the worst difference."""
-    count, top = 0, 0.0
+def matrix(rank: int, n: int, heads: tuple[int, int], ulysses: int = 1) -> int:
+    """How many cases were compared. A zig-zag without window goes round a ring; the rest gathers.
+
+    :param ulysses: Its degree inside the ring.
+    """
+    count = 0
     for (name, cu, layouts), window, batch in product(documents(n), WINDOWS, (1, 2)):
         if batch == 2 and name != "one":
             continue
         whole = draw(batch, cu[-1], heads, 8)
         want = dense(*whole, cu, window)
-        lengths = torch.tensor(cu, dtype=torch.int32) if batch == 1 else None
-        for layout in layouts:
-            rows = own_rows(layout, cu, rank, n)
-            todo = [("gather", stride) for stride in sorted({1, heads[1]})]
-            if window == -1 and layout == "zig_zag":
-                todo.append(("ring", 1))
-            if layout == "contiguous" and heads[0] % n == 0:
-                todo.append(("ulysses", 1))
-            for schedule, stride in todo:
-                shard = shard_of(layout, lengths, window=window, head_stride=stride)
-                got = forward_backward(schedule, whole, rows, shard)
-                error = worst(got, [x[:, rows] for x in want])
-                assert error < 1e-12, (schedule, stride, name, layout, window, batch, error)
-                count, top = count + 1, max(top, error)
-    return count, top
+        lengths = int32(cu) if batch == 1 else None
+        for layout, stride in product(layouts, sorted({1, heads[1] // min(ulysses, heads[1])})):
+            if layout is None and (heads[0] % n or stride > 1 or ulysses > 1):
+                continue
+            context = context_of(n, layout, ulysses=ulysses, head_stride=stride)
+            rows = own_rows(layout, cu, rank, n, ulysses)
+            got = forward_backward(context, whole, rows, lengths=lengths, window=window)
+            error = worst(got, [x[:, rows] for x in want])
+            assert error < 1e-12, (layout, stride, name, window, batch, error)
+            count += 1
+    return count
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"{h[0]}-{h[1]}")
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_every_schedule_is_exact(n: int, heads: tuple[int, int]) -> None:
-    answers = on_ranks(n, matrix, heads)
-    assert len({count for count, _ in answers}) == 1 and answers[0][0] >= 40
+    counts = on_ranks(n, matrix, heads)
+    assert len(set(counts)) == 1 and counts[0] >= 56
 
 
-def hybrid(rank: int, n: int) -> int:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
-    inner, outer = mesh.get_group("ulysses").group_name, mesh.get_group("ring").group_name
-    ring, part = mesh.get_coordinate()
-    count = 0
-    for (name, cu, layouts), heads, window, batch in product(documents(2), HEADS, (-1, 5), (1, 2)):
-        if cu[-1] % 4 or (batch == 2 and name != "one"):
-            continue
-        whole = draw(batch, cu[-1], heads, 8)
-        want = dense(*whole, cu, window)
-        lengths = torch.tensor(cu, dtype=torch.int32) if batch == 1 else None
-        for layout, schedule in product(layouts, ("gather", "ring")):
-            if schedule == "ring" and (window > 0 or layout != "zig_zag"):
-                continue
-            rows = own_rows(layout, cu, ring, 2).chunk(2)[part]
-            shard = shard_of(layout, lengths, window=window, group=inner)
-            got = forward_backward(f"ulysses+{schedule}", whole, rows, shard, ring_group=outer)
-            error = worst(got, [x[:, rows] for x in want])
-            assert error < 1e-12, (schedule, name, layout, heads, window, batch, error)
-            count += 1
-    return count
+@pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"{h[0]}-{h[1]}")
+def test_a_ring_with_ulysses_inside_is_exact(heads: tuple[int, int]) -> None:
+    assert min(on_ranks(4, matrix, heads, 2)) >= 56
 
 
-def test_a_ring_with_ulysses_inside_is_exact() -> None:
-    assert min(on_ranks(4, hybrid)) > 50
-
-
-def random_cases(rank: int, n: int, cases: int) -> None:
-    rng = random.Random(n)
+def random_cases(rank: int, n: int, cases: int) -> int:
+    rng, count = random.Random(n), 0
     for case in range(cases):
-        layout = rng.choice(("contiguous", "zig_zag", "balanced"))
+        layout = rng.choice(("contiguous", "zig_zag", "balanced", None))
         multiple = 2 * n if layout == "zig_zag" else 1
         cu = [0]
         for _ in range(rng.randint(1, 12)):
@@ -109,36 +84,47 @@ def random_cases(rank: int, n: int, cases: int) -> None:
         n_kv = rng.choice((1, 2, 3))
         heads = (n_kv * rng.choice((1, 2, 3)), n_kv)
         window, stride = rng.choice((-1, -1, 1, 2, 5, 30)), rng.randint(1, n_kv)
+        if layout is None:
+            heads = (n_kv * n // gcd(n_kv, n) * rng.choice((1, 2)), n_kv)
         whole = draw(1, cu[-1], heads, rng.choice((4, 8, 16)), seed=case)
-        want = dense(*whole, cu, window)
         rows = own_rows(layout, cu, rank, n)
-        todo = ["gather"]
-        if window < 0 and layout == "zig_zag":
-            todo.append("ring")
-        if layout == "contiguous" and heads[0] % (n_kv * n // gcd(n_kv, n)) == 0:
-            todo.append("ulysses")
-        for schedule in todo:
-            lengths = torch.tensor(cu, dtype=torch.int32)
-            shard = shard_of(layout, lengths, window=window, head_stride=stride)
-            got = forward_backward(schedule, whole, rows, shard)
-            error = worst(got, [x[:, rows] for x in want])
-            assert error < 1e-12, (case, schedule, layout, cu, heads, window, stride, error)
+        context = context_of(n, layout, head_stride=stride)
+        got = forward_backward(context, whole, rows, lengths=int32(cu), window=window)
+        error = worst(got, [x[:, rows] for x in dense(*whole, cu, window)])
+        assert error < 1e-12, (case, layout, cu, heads, window, stride, error)
+        count += context.rotates(window)
+    return count
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_random_cases_are_exact(n: int) -> None:
-    on_ranks(n, random_cases, 60)
+    assert min(on_ranks(n, random_cases, 60)) >= 3  # of them in a ring
 
 
-def documents_across_rows(rank: int, n: int) -> Any:
+def local_lengths(rank: int, n: int) -> float:
+    """A zig-zag shard's own lengths say as much as the whole sequence's."""
+    cu = [0, 4 * n, 10 * n, 12 * n]
+    whole = draw(1, cu[-1], (2, 1), 4)
+    rows = own_rows("zig_zag", cu, rank, n)
+    local = int32([end // n for end in cu])
+    got = forward_backward(
+        context_of(n, "zig_zag"), whole, rows, lengths=local, local=True, window=-1
+    )
+    return worst(got, [x[:, rows] for x in dense(*whole, cu, -1)])
+
+
+def test_a_zig_zag_shards_lengths_serve_too() -> None:
+    assert max(on_ranks(2, local_lengths)) < 1e-12
+
+
+def documents_across_rows(rank: int, n: int) -> float:
     """Under Ulysses lengths are about the flattened batch, so a document may cross a row."""
     cu = [0, 5, 17, 24]
     whole = draw(2, 12, (4, 2), 8)
     flat = [x.flatten(0, 1)[None] for x in whole]
     want = [x.view(2, 12, *x.shape[2:]) for x in dense(*flat, cu, 4)]
-    rows = torch.arange(12).chunk(n)[rank]
-    shard = shard_of("contiguous", torch.tensor(cu, dtype=torch.int32), window=4)
-    got = forward_backward("ulysses", whole, rows, shard)
+    rows = own_rows(None, [0, 12], rank, n)
+    got = forward_backward(context_of(n), whole, rows, lengths=int32(cu), window=4)
     return worst(got, [x[:, rows] for x in want])
 
 

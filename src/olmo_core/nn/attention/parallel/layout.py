@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +75,9 @@ class SpanTable(NamedTuple):
 class Layout(ABC):
     """How the tokens of packed documents are dealt to ``n`` ranks."""
 
+    name: ClassVar[str]
+    """What ops call it."""
+
     @abstractmethod
     def document_multiple(self, n: int) -> int:
         """What the length of every document must be a multiple of, for ``n`` ranks."""
@@ -101,6 +104,8 @@ class Layout(ABC):
 class ContiguousLayout(Layout):
     """Rank ``r`` of ``n`` holds tokens ``[r * T / n, (r + 1) * T / n)``."""
 
+    name = "contiguous"
+
     def document_multiple(self, n: int) -> int:
         return 1
 
@@ -117,6 +122,8 @@ class ZigZagLayout(Layout):
     """Each document is cut into ``2 * n`` equal chunks; rank ``r`` holds chunks ``r`` and
     ``2 * n - 1 - r``, which gives every rank the same share of a causal mask.
     """
+
+    name = "zig_zag"
 
     def document_multiple(self, n: int) -> int:
         return 2 * n
@@ -147,6 +154,8 @@ class BalancedLayout(Layout):
     fewer than ``2 * n`` tokens and all short ones go, the longest first, to the rank with the least
     work that has room, and are cut only where no rank has (a tail also where it is heavy).
     """
+
+    name = "balanced"
 
     def document_multiple(self, n: int) -> int:
         return 1
@@ -181,9 +190,7 @@ class BalancedLayout(Layout):
 
 
 LAYOUTS: Mapping[str, Layout] = {
-    "contiguous": ContiguousLayout(),
-    "zig_zag": ZigZagLayout(),
-    "balanced": BalancedLayout(),
+    layout.name: layout for layout in (ContiguousLayout(), ZigZagLayout(), BalancedLayout())
 }
 """By the names that ops carry."""
 
