@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from olmo_core.distributed.collectives import place_in
-from olmo_core.nn.attention.kernels import get_kernel
-from olmo_core.nn.attention.kernels.library_args import rows
+from olmo_core.nn.attention.kernels.rows import rows
+from olmo_core.nn.attention.kernels.softmax import get_kernel
 from olmo_core.nn.attention.parallel.op import (
     Shard,
     agreed_documents,

@@ -16,7 +16,7 @@ from olmo_core.nn.attention.parallel.agreement import Facts, agree
 from olmo_core.nn.attention.parallel.exchange import accumulator
 from olmo_core.nn.attention.parallel.plan import check_documents
 from olmo_core.nn.attention.parallel.readings import Reading, read_documents
-from olmo_core.nn.registration import refuse_second_derivative, register_differentiable
+from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
 
 __all__ = ["ARGUMENTS", "LIBRARY", "TAGS", "Shard", "documents_of", "register_attention"]
 

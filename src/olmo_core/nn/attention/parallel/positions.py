@@ -8,7 +8,7 @@ from torch import Tensor
 from olmo_core.nn.attention.parallel.op import LIBRARY, TAGS
 from olmo_core.nn.attention.parallel.plan import plan_positions
 from olmo_core.nn.attention.parallel.readings import read_documents
-from olmo_core.nn.registration import register_inference
+from olmo_core.nn.dispatch import register_inference
 
 __all__ = ["shard_positions"]
 

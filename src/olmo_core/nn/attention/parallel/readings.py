@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from olmo_core.nn.attention.lengths import host_lengths
+from olmo_core.nn.lengths import host_lengths
 
 __all__ = ["Reading", "is_known", "read", "read_documents", "short"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from olmo_core.distributed.collectives import Pending, place_in, rotate
-from olmo_core.nn.attention.kernels import get_kernel
-from olmo_core.nn.attention.kernels.library_args import rows
+from olmo_core.nn.attention.kernels.rows import rows
+from olmo_core.nn.attention.kernels.softmax import get_kernel
 from olmo_core.nn.attention.parallel.exchange import accumulator
 from olmo_core.nn.attention.parallel.op import (
     Shard,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from olmo_core.nn.attention.ops import attend
+from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.parallel.context import ContextParallel
 from olmo_core.nn.attention.parallel.gather import gather
 from olmo_core.nn.attention.parallel.plan import WHOLE
 from olmo_core.nn.attention.parallel.ring import ring
 from olmo_core.nn.attention.parallel.ulysses import ulysses
 from olmo_core.nn.attention.segments import Segments
-from olmo_core.nn.registration import cast_for_autocast
+from olmo_core.nn.dispatch import cast_for_autocast
 
 __all__ = ["attend_sharded"]
 

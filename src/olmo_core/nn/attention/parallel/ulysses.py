@@ -15,7 +15,7 @@ from torch import Tensor
 
 from olmo_core.distributed.collectives import place_in, swap
 from olmo_core.nn.attention.parallel.op import ARGUMENTS, LIBRARY, TAGS, Shard, agreed_documents
-from olmo_core.nn.registration import register_differentiable
+from olmo_core.nn.dispatch import register_differentiable
 
 __all__ = ["check_heads", "swap_heads", "ulysses"]
 
