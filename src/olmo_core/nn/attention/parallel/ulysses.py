@@ -23,17 +23,18 @@ __all__ = ["check_heads", "swap_heads", "ulysses"]
 def check_heads(n_heads: int, n_kv_heads: int, degree: int) -> int:
     """How often kv heads must be repeated so that ``degree`` ranks can share the heads.
 
+    Query heads are a multiple of the kv heads, so if the degree divides them, they are also a
+    multiple of the repeated ones.
+
     :raises ValueError: If they can't.
     """
-    repeat = degree // gcd(n_kv_heads, degree)
-    if n_heads % degree or n_heads % (n_kv_heads * repeat):
+    if n_heads % degree:
         raise ValueError(
             f"Ulysses can't deal {n_heads} query heads and {n_kv_heads} kv heads to {degree} "
-            "ranks: the degree must divide the query heads, and these be a multiple of "
-            f"{n_kv_heads * repeat} kv heads. Use a ring style, load_balancer='llama3' or "
-            "'zig_zag', which leaves the heads whole."
+            "ranks: the degree must divide the query heads. Use a ring style, "
+            "load_balancer='llama3' or 'zig_zag', which leaves the heads whole."
         )
-    return repeat
+    return degree // gcd(n_kv_heads, degree)
 
 
 def ulysses(
