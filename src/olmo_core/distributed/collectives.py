@@ -21,6 +21,7 @@ __all__ = [
     "count_traffic",
     "exchange",
     "gather_integers",
+    "gather_rows",
     "group_named",
     "place_in",
     "rotate",
@@ -126,8 +127,11 @@ def swap(x: Tensor, group: str) -> Tensor:
 
 def gather_integers(value: int, group: str, device: torch.device) -> Tensor:
     """An int64 of each rank, ``(ranks,)``, on ``device``, which the group's backend must take."""
-    mine = torch.tensor([value], dtype=torch.int64, device=device)
-    _, size = place_in(group)
-    everyone = list(mine.new_empty((size, 1)).unbind(0))
-    dist.all_gather(everyone, mine, group=group_named(group))
-    return torch.cat(everyone)
+    return gather_rows(torch.tensor([value], dtype=torch.int64, device=device), group)[:, 0]
+
+
+def gather_rows(x: Tensor, group: str) -> Tensor:
+    """``x`` of each rank, ``(ranks, *x.shape)``; of the same shape on all."""
+    everyone = [torch.empty_like(x) for _ in range(place_in(group)[1])]
+    dist.all_gather(everyone, x, group=group_named(group))
+    return torch.stack(everyone)

@@ -30,6 +30,7 @@ from olmo_core.nn.init import InitMethod, copy_into
 from olmo_core.nn.layer_norm import RMSNorm
 
 if TYPE_CHECKING:
+    from olmo_core.nn.attention.parallel.context import ContextParallel
     from olmo_core.nn.buffer_cache import BufferCache
 
 __all__ = ["GatedDeltaNet", "GatedDeltaNetConfig", "RuleChoice"]
@@ -319,6 +320,12 @@ class GatedDeltaNet(SequenceMixer):
         gate = gate.unflatten(-1, (self.n_v_heads, self.head_v_dim))
         y = self.o_norm(out.to(dtype)) * F.silu(gate.to(dtype))
         return y.to(gate.dtype).flatten(2)
+
+    def check_cp(self, context: ContextParallel) -> None:
+        raise RuntimeError(
+            "GatedDeltaNet does not support context parallelism in this version. Shard the batch "
+            "instead (data parallelism), or shorten the sequence."
+        )
 
     def init_kv_cache_manager(
         self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0

@@ -98,11 +98,11 @@ def test_one_rank_with_other_input(schedule: str, case: str) -> None:
     theirs = OTHER[case][1]
     if theirs:
         assert errors[1] is not None and errors[1].startswith(theirs)
-        assert errors[0] is not None and errors[0].startswith("ValueError: Rank 1 of this")
+        assert errors[0] is not None and errors[0].startswith("DisagreementError: Rank 1 of this")
     else:
         for error in errors:
             assert error is not None and "rank 1 differs from rank 0" in error
-        assert "on rank 1 the lengths are" in (errors[1] or "")
+        assert "on rank 1, the lengths are" in (errors[1] or "")
     on_ranks(2, call_only, schedule)  # and the group still works
 
 
@@ -133,7 +133,7 @@ def at_the_door(rank: int, n: int) -> None:
 
 def test_an_error_before_the_schedule_reaches_the_other_ranks() -> None:
     first, second = errors_on_ranks(2, at_the_door, timeout=20)
-    assert first is not None and first.startswith("ValueError: Rank 1 of this")
+    assert first is not None and first.startswith("DisagreementError: Rank 1 of this")
     assert second == "TypeError: a check before the schedule"
 
 

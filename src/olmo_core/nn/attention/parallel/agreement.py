@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,17 @@ from torch import Tensor
 from olmo_core.distributed.collectives import gather_integers, group_named
 from olmo_core.nn.attention.parallel.readings import Reading, is_known, short
 
-__all__ = ["Facts", "agree", "announce_errors"]
+__all__ = ["DisagreementError", "Facts", "agree", "announce_errors", "same_everywhere"]
 
 _REFUSED = 0
 """What a rank sends whose own check failed. No digest is 0."""
+
+
+class DisagreementError(ValueError):
+    """Ranks that share a sequence were given different input, or one of them refused its own.
+
+    Raised on every rank that did not raise an error of its own.
+    """
 
 
 class Facts(NamedTuple):
@@ -55,7 +62,7 @@ def agree(
     :param everyone: The group of all ranks that share the sequence.
     :param remember: Whether the reading is of a tensor, so that a later call with it is about the
         same batch on all ranks. If not, every call compares; on a GPU without waiting.
-    :raises ValueError: If ranks differ, or another rank refused its input.
+    :raises DisagreementError: If ranks differ, or another rank refused its input.
     """
     key = (facts, reading.factor, everyone)
     if remember and key in reading.agreed:
@@ -65,50 +72,77 @@ def agree(
     except Exception:
         gather_integers(_REFUSED, everyone, reading.device)
         raise
-    text = f"{reading.digest().hex()} {facts}".encode()
-    digest = int.from_bytes(hashlib.sha256(text).digest()[:8], "big", signed=True) or 1
-    digests = gather_integers(digest, everyone, reading.device)
-    if not remember and reading.device.type == "cuda":
-        message = "The ranks of a context-parallel group were given different shapes or dtypes."
-        torch._assert_async((digests == digest).all(), message)
-        return
-    _compare(digests.tolist(), digest, reading, facts, everyone)
+    text = f"the lengths are {short(reading.values)}; {facts}"
+    wait = remember or reading.device.type != "cuda"
+    same_everywhere(f"{reading.digest().hex()} {facts}", text, everyone, reading.device, wait=wait)
     if remember:
         reading.agreed.add(key)
 
 
-@contextmanager
-def announce_errors(lengths: Tensor | None, device: torch.device, everyone: str) -> Iterator[None]:
+def same_everywhere(
+    value: object, text: str, everyone: str, device: torch.device, *, wait: bool = True
+) -> None:
+    """See that all ranks have the same ``value``.
+
+    :param text: What it is, for the message.
+    :param wait: Whether the host waits for the answer, or leaves it to an assertion on the device.
+    :raises DisagreementError: If ranks differ, or one refused its input.
+    """
+    fingerprint = hashlib.sha256(str(value).encode()).digest()[:8]
+    mine = int.from_bytes(fingerprint, "big", signed=True) or 1
+    digests = gather_integers(mine, everyone, device)
+    if wait:
+        _compare(digests.tolist(), text, everyone)
+    else:
+        message = "The ranks of a context-parallel group were given different shapes or dtypes."
+        torch._assert_async((digests == mine).all(), message)
+
+
+def announce_errors(
+    lengths: Any, device: torch.device, everyone: str
+) -> AbstractContextManager[None]:
     """Tell the other ranks, who wait for this one to agree, of an error raised inside.
 
-    For checks before :func:`agree`. Where these lengths are known nobody waits.
+    For checks before :func:`agree`. Where these lengths are known nobody waits; nor does anybody
+    while a graph is compiled.
+
+    :param lengths: That this rank was given; anything, for want of a tensor.
     """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return _announcing(lengths, device, everyone)
+
+
+@contextmanager
+def _announcing(lengths: Any, device: torch.device, everyone: str) -> Iterator[None]:
     try:
         yield
+    except DisagreementError:  # all ranks have it
+        raise
     except Exception:
-        if lengths is None or not is_known(lengths):
+        if not (isinstance(lengths, Tensor) and is_known(lengths)):
             gather_integers(_REFUSED, everyone, device)
         raise
 
 
-def _compare(digests: list[int], mine: int, reading: Reading, facts: Facts, everyone: str) -> None:
-    if digests.count(mine) == len(digests):
+def _compare(digests: list[int], text: str, everyone: str) -> None:
+    if len(set(digests)) == 1 and digests[0] != _REFUSED:
         return
     group = group_named(everyone)
     ranks = [dist.get_global_rank(group, i) for i in range(len(digests))]
     refused = [rank for rank, digest in zip(ranks, digests, strict=True) if digest == _REFUSED]
     if refused:
-        raise ValueError(
+        raise DisagreementError(
             f"Rank {_listed(refused)} of this context-parallel group refused its input, and raises "
             "an error that says why. All ranks must call a layer with the same documents, and with "
             "equal shards of them."
         )
     differ = [rank for rank, digest in zip(ranks, digests, strict=True) if digest != digests[0]]
-    raise ValueError(
+    raise DisagreementError(
         f"The ranks of a context-parallel group were given different input: rank {_listed(differ)} "
         f"differs from rank {ranks[0]}. All must call a layer with the same documents, and with "
         "equal shards of them. Compare this with the messages of the others: "
-        f"on rank {dist.get_rank()} the lengths are {short(reading.values)}; {facts}."
+        f"on rank {dist.get_rank()}, {text}."
     )
 
 

@@ -71,6 +71,8 @@ class ContextParallel:
                 "Context parallelism needs a style, got ring=None and uly=None. Pass "
                 "ring=RingContextParallelStyle(...) or uly=UlyssesContextParallelStyle()."
             )
+        if not hasattr(cp_mesh, "ndim") or not hasattr(cp_mesh, "get_group"):
+            raise TypeError(f"cp_mesh must be a DeviceMesh, got {type(cp_mesh).__name__}.")
         styles = (ring is not None) + (uly is not None)
         if cp_mesh.ndim != styles:
             raise ValueError(

@@ -13,7 +13,7 @@ from olmo_core.nn.attention.parallel.ulysses import ulysses
 from olmo_core.nn.attention.segments import Segments
 from olmo_core.nn.dispatch import cast_for_autocast
 
-__all__ = ["attend_sharded"]
+__all__ = ["attend_sharded", "refuse_dropout"]
 
 
 def attend_sharded(
@@ -42,19 +42,15 @@ def attend_sharded(
     :param local: Whether ``lengths`` are the zig-zag shard's, the whole sequence's over the ring.
     :param longest: For Ulysses alone, an upper bound of the longest document.
     :param window: In keys, a query's own included; -1 for all.
-    :param dropout_p: For Ulysses alone; each rank draws its own.
+    :param dropout_p: For Ulysses alone. Each rank draws its own, with equal seeds too.
     :param kernel: The name of a kernel, the same on all ranks.
     :returns: Like ``q``.
     :raises ValueError: If lengths and shards do not fit, ranks differ, or Ulysses can't deal the
         heads.
     :raises RuntimeError: For dropout in a ring.
     """
-    if dropout_p and context.layout != WHOLE:
-        raise RuntimeError(
-            "Attention dropout and a ring style do not go together: forward and backward see keys "
-            "in another order on each rank, so the same weights could not be dropped. Set "
-            "dropout=0.0, or use uly=UlyssesContextParallelStyle()."
-        )
+    if context.layout != WHOLE:
+        refuse_dropout(dropout_p)
     q, k, v = cast_for_autocast(q, k, v)
     shard = context.shard(lengths, local=local, window=window, scale=scale, kernel=kernel)
     within = (
@@ -71,9 +67,22 @@ def attend_sharded(
         problem = Segments.dense(n, n, window=window)
         if lengths is not None:
             problem = Segments.documents(lengths, longest or total, window=window)
-        return attend(q, k, v, problem, scale=scale, dropout_p=dropout_p, kernel=kernel)
+        return attend(
+            q, k, v, problem, scale=scale, dropout_p=dropout_p, kernel=kernel,
+            stream=1 + context.ulysses_rank,
+        )  # fmt: skip
 
     inner = on_whole if context.layout == WHOLE else over_ring
     if context.ulysses_group:
         return ulysses(q, k, v, inner, context.ulysses_degree, shard)
     return inner(q, k, v)
+
+
+def refuse_dropout(dropout_p: float) -> None:
+    """:raises RuntimeError: For dropout of attention weights over a ring."""
+    if dropout_p:
+        raise RuntimeError(
+            "Attention dropout and a ring style do not go together: forward and backward see keys "
+            "in another order on each rank, so the same weights could not be dropped. Set "
+            "dropout=0.0, or use uly=UlyssesContextParallelStyle()."
+        )
