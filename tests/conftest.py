@@ -30,6 +30,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     no_cuda = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
     slow = pytest.mark.skip(reason="slow: runs with --run-slow (make test-full)")
     for item in items:
+        if "distributed" in item.keywords:
+            # One of several pytest workers has them all, so that each rank count is started once.
+            item.add_marker(pytest.mark.xdist_group("ranks"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_cuda)
         if "slow" in item.keywords and not config.getoption("--run-slow"):

@@ -65,9 +65,8 @@ LAYERS = [
         "olmo_core.nn.attention.capabilities",
         "olmo_core.nn.attention.decoding",
         "olmo_core.nn.attention.kv_cache",
-        "olmo_core.nn.attention.layout",
+        "olmo_core.nn.attention.parallel",
         "olmo_core.nn.attention.ring",
-        "olmo_core.nn.attention.sharding",
     ],
     [
         "olmo_core.nn.attention.base",

@@ -9,7 +9,8 @@ through the dispatcher only where somebody listens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "cast_for_autocast",
+    "draws_of_stream",
     "is_observed",
     "is_plain",
     "on_its_device",
@@ -223,6 +225,21 @@ def _refuse_tangents(name: str, inputs: tuple[Any, ...]) -> None:
                 f"{name} has no forward-mode derivative (jvp, jacfwd, forward_ad). Use reverse "
                 "mode: torch.func.vjp, jacrev or grad, or Tensor.backward()."
             )
+
+
+@contextmanager
+def draws_of_stream(device: torch.device, stream: int) -> Iterator[None]:
+    """Draw random numbers of a stream's own: different for each ``stream`` where the seeds of all
+    are equal.
+
+    Outside, torch's generators go on the same for all streams, however much is drawn inside.
+    """
+    seed = int(torch.randint(2**62, ())) ^ (stream * 0x9E3779B97F4A7C15 % 2**62)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        yield
 
 
 def require_independent_draws(name: str) -> None:

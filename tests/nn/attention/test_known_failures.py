@@ -24,7 +24,7 @@ from olmo_core.nn.attention import (
     GateConfig,
     NormalizedAttention,
 )
-from olmo_core.nn.attention.layout import ZigZagLayout
+from olmo_core.nn.attention.parallel.layout import ZigZagLayout
 from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.init import InitMethod
 from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType

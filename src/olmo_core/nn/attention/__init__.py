@@ -20,6 +20,7 @@ from olmo_core.nn.attention.config import (
 )
 from olmo_core.nn.attention.recurrent import GatedDeltaNet, GatedDeltaNetConfig
 from olmo_core.nn.attention.ring import (
+    BalancedLoadBalancer,
     RingAttentionLlama3LoadBalancer,
     RingAttentionLoadBalancer,
     RingAttentionLoadBalancerType,
@@ -35,6 +36,7 @@ __all__ = [
     "AttentionBackendName",
     "AttentionConfig",
     "AttentionType",
+    "BalancedLoadBalancer",
     "FlashAttention2Backend",
     "FlashAttention3Backend",
     "FlashAttention4Backend",

@@ -8,6 +8,7 @@ only inside it. Dropout has an op of its own, tagged as seeded: recomputing it m
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from olmo_core.nn.attention.kernels.softmax import get_kernel
 from olmo_core.nn.attention.segments import Segments
 from olmo_core.nn.dispatch import (
     cast_for_autocast,
+    draws_of_stream,
     refuse_second_derivative,
     register_differentiable,
     require_independent_draws,
@@ -42,6 +44,7 @@ def attend(
     scale: float,
     dropout_p: float = 0.0,
     kernel: str,
+    stream: int = 0,
 ) -> Tensor:
     """Scaled dot-product attention, differentiable once.
 
@@ -52,17 +55,20 @@ def attend(
     :param v: Like ``k``.
     :param scale: Factor of the scores.
     :param kernel: The name of a kernel, see :func:`get_kernel`.
+    :param stream: Of dropout's draws: ranks with equal seeds and different streams draw different
+        masks, and go on with equal seeds. 0 draws as torch does.
     :returns: Like ``q``, contiguous.
     :raises ValueError: If shapes, dtypes or devices do not fit together.
     """
     q, k, v = cast_for_autocast(q, k, v)
     s = segments
     _check(q, k, v, s)
+    problem = (s.cu_q, s.cu_k, s.max_q, s.max_k, s.causal, s.window, scale, dropout_p, kernel)
     if dropout_p:
         require_independent_draws("Dropout of attention weights")
-    out, _, _ = _CALL["attend_dropout" if dropout_p else "attend"](
-        q, k, v, s.cu_q, s.cu_k, s.max_q, s.max_k, s.causal, s.window, scale, dropout_p, kernel
-    )
+        out, _, _ = _CALL["attend_dropout"](q, k, v, *problem, stream)
+    else:
+        out, _, _ = _CALL["attend"](q, k, v, *problem)
     return out
 
 
@@ -102,6 +108,16 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tenso
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     rng = q.new_empty((2 if problem[-2] else 0,), dtype=torch.int64)
     return out, q.new_empty((b, h, t), dtype=lse_dtype), rng
+
+
+def _forward_dropout(q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *problem, stream = inputs
+    with draws_of_stream(q.device, stream) if stream else nullcontext():
+        return _forward(q, k, v, *problem)
+
+
+def _forward_dropout_fake(q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return _forward_fake(q, k, v, *inputs[:-1])
 
 
 def _backward(
@@ -147,17 +163,31 @@ def _differentiate(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | No
     return *grads, *nothing
 
 
+def _save_dropout(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _save(ctx, inputs[:-1], output)
+
+
+def _differentiate_dropout(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    return *_differentiate(ctx, *grads), None
+
+
 def _register() -> None:
-    outputs = "(Tensor, Tensor, Tensor)"
-    seeded = (torch.Tag.nondeterministic_seeded,)
-    for name, tags in (("attend", ()), ("attend_dropout", seeded)):
-        _LIB.define(f"{name}(Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> {outputs}", tags=tags)
-        _CALL[name] = register_differentiable(
-            _LIB, name, _forward, _forward_fake, _differentiate, _save
-        )
+    inputs, outputs = "Tensor q, Tensor k, Tensor v", "(Tensor, Tensor, Tensor)"
+    _LIB.define(f"attend({inputs}, {_PROBLEM}) -> {outputs}")
+    _CALL["attend"] = register_differentiable(
+        _LIB, "attend", _forward, _forward_fake, _differentiate, _save
+    )
     _LIB.define(
-        "attend_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        f"Tensor rng, {_PROBLEM}) -> {outputs}"
+        f"attend_dropout({inputs}, {_PROBLEM}, int stream) -> {outputs}",
+        tags=(torch.Tag.nondeterministic_seeded,),
+    )
+    _CALL["attend_dropout"] = register_differentiable(
+        _LIB, "attend_dropout", _forward_dropout, _forward_dropout_fake, _differentiate_dropout,
+        _save_dropout,
+    )  # fmt: skip
+    _LIB.define(
+        f"attend_backward(Tensor dout, {inputs}, Tensor out, Tensor lse, Tensor rng, {_PROBLEM}) "
+        f"-> {outputs}"
     )
     refuse = refuse_second_derivative("attend", "torch's matmul and softmax")
     _CALL["attend_backward"] = register_differentiable(

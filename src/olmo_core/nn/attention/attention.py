@@ -349,6 +349,11 @@ class FusedAttention(SoftmaxAttention):
         freqs_cis: Tensor | None = None,
         cache_leftpad: Tensor | None = None,
         *,
+        cu_doc_lens_q: Tensor | None = None,
+        cu_doc_lens_k: Tensor | None = None,
+        max_doc_len_q: int | None = None,
+        max_doc_len_k: int | None = None,
+        local_k_slice: slice | None = None,
         global_cu_doc_lens: Tensor | None = None,
     ) -> Tensor:
         """Apply attention to the input.
@@ -370,6 +375,11 @@ class FusedAttention(SoftmaxAttention):
             cache_leftpad=cache_leftpad,
             rope_buffers={"pos_sin": pos_sin, "pos_cos": pos_cos, "freqs_cis": freqs_cis},
             global_cu_doc_lens=global_cu_doc_lens,
+            cu_doc_lens_q=cu_doc_lens_q,
+            cu_doc_lens_k=cu_doc_lens_k,
+            max_doc_len_q=max_doc_len_q,
+            max_doc_len_k=max_doc_len_k,
+            local_k_slice=local_k_slice,
         )
         qkv = self.w_qkv(x)
         if self.clip_qkv is not None:

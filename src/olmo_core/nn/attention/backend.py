@@ -11,12 +11,12 @@ from abc import ABC
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from olmo_core.config import StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.attend import attend
-from olmo_core.nn.attention.base import require_cp_style
+from olmo_core.nn.attention.base import SharesSequences
 from olmo_core.nn.attention.capabilities import (
     CAPABILITIES,
     Environment,
@@ -25,16 +25,23 @@ from olmo_core.nn.attention.capabilities import (
 )
 from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
 from olmo_core.nn.attention.decoding.step import decode_step, extend
-from olmo_core.nn.attention.inputs import fold
+from olmo_core.nn.attention.inputs import check_global, fold
 from olmo_core.nn.attention.kernels.softmax import Capabilities, Feature, declare_kernel
+from olmo_core.nn.attention.parallel.agreement import announce_errors
+from olmo_core.nn.attention.parallel.context import ContextParallel
+from olmo_core.nn.attention.parallel.documents import (
+    ShardDocuments,
+    lengths_of,
+    read_shard_documents,
+)
+from olmo_core.nn.attention.parallel.plan import WHOLE
+from olmo_core.nn.attention.parallel.schedule import attend_sharded, refuse_dropout
+from olmo_core.nn.attention.parallel.ulysses import check_heads
 from olmo_core.nn.attention.segments import Segments
 from olmo_core.nn.attention.selection import kernel_for, refusal
 from olmo_core.utils import compile_time_constant
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from olmo_core.nn.attention.ring import RingContextParallelStyle, UlyssesContextParallelStyle
     from olmo_core.nn.buffer_cache import BufferCache
 
 __all__ = [
@@ -101,7 +108,7 @@ class AttentionBackendName(StrEnum):
         self.get_class().assert_supports_kv_cache()
 
 
-class AttentionBackend(nn.Module, ABC):
+class AttentionBackend(SharesSequences, ABC):
     """Encapsulates a backend for the scaled dot-product attention (SDPA) operation.
 
     Attention is always causal.
@@ -258,22 +265,15 @@ class AttentionBackend(nn.Module, ABC):
     def warmup_cache(self, max_seq_len: int, device: torch.device) -> None:
         """Warmup the buffer cache. Backends keep no buffers, so there is nothing to warm up."""
 
-    def apply_cp(
-        self,
-        cp_mesh: DeviceMesh,
-        ring: RingContextParallelStyle | None = None,
-        uly: UlyssesContextParallelStyle | None = None,
-    ) -> None:
-        """Apply context parallelism if supported by the backend.
-
-        :raises ValueError: If no style is given.
-        :raises RuntimeError: If the backend does not support a given style.
-        """
-        require_cp_style(ring, uly)
-        if ring is not None:
+    def check_cp(self, context: ContextParallel) -> None:
+        """The errors of :meth:`apply_cp`, before anything is changed."""
+        super().check_cp(context)
+        if context.layout != WHOLE:
             self._assert_feature(Feature.ring_cp)
-        if uly is not None:
+            refuse_dropout(self.dropout_p)
+        if context.ulysses_group:
             self._assert_feature(Feature.ulysses_cp)
+            check_heads(self.n_heads, self.n_kv_heads, context.ulysses_degree)
 
     def forward(
         self,
@@ -287,10 +287,14 @@ class AttentionBackend(nn.Module, ABC):
         local_k_slice: slice | None = None,
         kv_cache_manager: KVCacheManager | None = None,
         *,
-        segments: Segments | None = None,
+        global_cu_doc_lens: Tensor | None = None,
+        segments: Segments | ShardDocuments | None = None,
         cache_leftpad: Tensor | None = None,
     ) -> Tensor:
         """Run the attention operation.
+
+        After :meth:`apply_cp` the inputs are this rank's shard, and the lengths what the load
+        balancer returned with it.
 
         :param qkv: Queries ``(batch, seq, n_heads, head_dim)``, keys and values ``(batch, seq_k,
             n_kv_heads, head_dim)``; or all three packed, ``(batch, seq, 3, n_heads, head_dim)``.
@@ -301,6 +305,7 @@ class AttentionBackend(nn.Module, ABC):
         :param max_doc_len: An upper bound of the longest document; ``_q`` and ``_k`` likewise.
         :param local_k_slice: The part of the flattened keys that ``cu_doc_lens_k`` describes.
         :param kv_cache_manager: Attend to the cached keys too, and store the new ones.
+        :param global_cu_doc_lens: Of the whole sequence, under context parallelism.
         :param segments: All the keywords before, checked and folded into one value; instead of
             them.
         :param cache_leftpad: With the first tokens of a cache, how many of each row are padding,
@@ -309,8 +314,7 @@ class AttentionBackend(nn.Module, ABC):
         :raises ValueError: If inputs do not fit together.
         :raises RuntimeError: If the backend can't serve the call; the message has every reason.
         """
-        q, k, v = self._unpack(qkv)
-        lengths = {
+        lengths: dict[str, Any] = {
             "cu_doc_lens": cu_doc_lens,
             "cu_doc_lens_q": cu_doc_lens_q,
             "cu_doc_lens_k": cu_doc_lens_k,
@@ -318,8 +322,17 @@ class AttentionBackend(nn.Module, ABC):
             "max_doc_len_q": max_doc_len_q,
             "max_doc_len_k": max_doc_len_k,
             "local_k_slice": local_k_slice,
+            "global_cu_doc_lens": global_cu_doc_lens,
         }
         given = [name for name, value in lengths.items() if value is not None]
+        if self.context is not None:
+            if kv_cache_manager is not None:
+                raise RuntimeError(
+                    "A KV cache holds whole sequences, and apply_cp has sharded this backend. "
+                    "Generate from a model that is not sharded."
+                )
+            return self._attend_on_shard(qkv, self.context, segments, lengths)
+        q, k, v = self._unpack(qkv)
         if kv_cache_manager is not None:
             if given or segments is not None:
                 raise ValueError(
@@ -334,10 +347,13 @@ class AttentionBackend(nn.Module, ABC):
                 "padding documents of their own in cu_doc_lens."
             )
         packed = isinstance(qkv, Tensor)
+        if isinstance(segments, ShardDocuments):
+            raise TypeError("segments of a shard were given to a backend without apply_cp.")
         if segments is not None:
             if given:
                 raise ValueError(f"Pass either segments or {', '.join(given)}, not both.")
             return self._attend(q, k, v, segments, packed)
+        check_global(lengths.pop("global_cu_doc_lens"), cu_doc_lens, q)
         if local_k_slice is not None:
             k, v = (x.flatten(0, 1)[None, local_k_slice] for x in (k, v))
         return self._attend(q, k, v, fold(q, k, self._window, **lengths), packed)
@@ -393,6 +409,38 @@ class AttentionBackend(nn.Module, ABC):
         )
         kernel = self._kernel(q, wants_gradient, *(f for f, wanted in asked if wanted))
         return attend(q, k, v, segments, scale=self.scale, dropout_p=dropout_p, kernel=kernel)
+
+    def _attend_on_shard(
+        self,
+        qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+        context: ContextParallel,
+        documents: Segments | ShardDocuments | None,
+        lengths: dict[str, Any],
+    ) -> Tensor:
+        device = (qkv if isinstance(qkv, Tensor) else qkv[0]).device
+        named = documents.lengths if isinstance(documents, ShardDocuments) else lengths_of(lengths)
+        with announce_errors(named, device, context.everyone):
+            q, k, v = self._unpack(qkv)
+            if documents is None:
+                documents = read_shard_documents(context, q.shape[0], q.shape[1], device, **lengths)
+            if not isinstance(documents, ShardDocuments):
+                raise ValueError("After apply_cp a backend takes a shard's lengths, not segments.")
+            dropout_p = self.dropout_p if self.training else 0.0
+            wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+            in_ring = context.layout != WHOLE
+            asked = (
+                (Feature.documents, in_ring or documents.lengths is not None),
+                (Feature.lse, in_ring and context.rotates(self.window)),
+                (Feature.ring_cp, in_ring),
+                (Feature.ulysses_cp, context.ulysses_degree > 1),
+                (Feature.packed_qkv, isinstance(qkv, Tensor)),
+                (Feature.dropout, dropout_p > 0),
+            )
+            kernel = self._kernel(q, wants_gradient, *(f for f, wanted in asked if wanted))
+        return attend_sharded(
+            q, k, v, context, documents.lengths, local=documents.local, longest=documents.longest,
+            window=self.window, scale=self.scale, dropout_p=dropout_p, kernel=kernel,
+        )  # fmt: skip
 
     def _cached(
         self, q: Tensor, k: Tensor, v: Tensor, cache: KVCacheManager, leftpad: Tensor | None

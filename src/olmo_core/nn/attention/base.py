@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from olmo_core.config import Config, Registrable
 from olmo_core.nn.attention.decoding.cache import DecodingCache
+from olmo_core.nn.attention.parallel.context import ContextParallel
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -19,10 +20,53 @@ if TYPE_CHECKING:
     from olmo_core.nn.buffer_cache import BufferCache
     from olmo_core.nn.init import InitMethod
 
-__all__ = ["SequenceMixer", "SequenceMixerConfig"]
+__all__ = ["SequenceMixer", "SequenceMixerConfig", "SharesSequences"]
 
 
-class SequenceMixer(nn.Module, ABC):
+class SharesSequences(nn.Module):
+    """A module that can work on a shard of a sequence, together with other ranks."""
+
+    context: ContextParallel | None = None
+    """This rank's place among those that share a sequence, after :meth:`apply_cp`."""
+
+    def apply_cp(
+        self,
+        cp_mesh: DeviceMesh,
+        ring: RingContextParallelStyle | None = None,
+        uly: UlyssesContextParallelStyle | None = None,
+    ) -> None:
+        """Prepare the module for context parallelism: ``forward`` then takes this rank's shard of
+        the sequence, with the keywords that the style's load balancer returned.
+
+        All ranks of the mesh must call ``forward`` and backward together. A parameter's gradient is
+        this rank's part: sum it over the mesh.
+
+        :param cp_mesh: One dimension for one style; for both (ring, Ulysses).
+        :param ring: For ring attention; its load balancer shards the sequence.
+        :param uly: For Ulysses. With both, it shares each shard of the ring.
+        :raises ValueError: If no style is given, the mesh has not as many dimensions as styles, or
+            Ulysses can't deal the heads.
+        :raises RuntimeError: If the module can't be sharded so, is sharded already, or has a
+            decoding cache.
+        """
+        context = ContextParallel.from_mesh(cp_mesh, ring, uly)
+        self.check_cp(context)
+        self.use_cp(context)
+
+    def check_cp(self, context: ContextParallel) -> None:
+        """The errors of :meth:`apply_cp`, before anything is changed."""
+        if self.context is not None:
+            raise RuntimeError(
+                f"apply_cp was called twice on one {type(self).__name__}. Give all styles in one "
+                "call: ring=..., uly=... and a mesh of two dimensions."
+            )
+
+    def use_cp(self, context: ContextParallel) -> None:
+        """What :meth:`apply_cp` does once all is checked."""
+        self.context = context
+
+
+class SequenceMixer(SharesSequences, ABC):
     """The part of a transformer block that moves information between positions."""
 
     def __init__(self) -> None:
@@ -65,22 +109,23 @@ class SequenceMixer(nn.Module, ABC):
         :param max_rollback: Most tokens that :meth:`DecodingCache.rollback` must be able to forget.
         """
 
-    def apply_cp(
-        self,
-        cp_mesh: DeviceMesh,
-        ring: RingContextParallelStyle | None = None,
-        uly: UlyssesContextParallelStyle | None = None,
-    ) -> None:
-        """Prepare the module for context parallelism.
+    def check_cp(self, context: ContextParallel) -> None:
+        super().check_cp(context)
+        if self.kv_cache_manager is not None:
+            raise RuntimeError(
+                f"{type(self).__name__} has a decoding cache, which holds whole sequences. "
+                "Generate from a model that is not sharded: load the checkpoint into another one, "
+                "or drop the cache (kv_cache_manager = None) before apply_cp."
+            )
 
-        :raises ValueError: If no style is given.
-        :raises RuntimeError: If the mixer can't be sharded so.
-        """
-        require_cp_style(ring, uly)
-        raise RuntimeError(
-            f"{type(self).__name__} does not support context parallelism in this version. Shard "
-            "the batch instead (data parallelism), or shorten the sequence."
-        )
+    def refuse_cache_under_cp(self) -> None:
+        """:raises RuntimeError: If the mixer is sharded: a decoding cache holds whole sequences."""
+        if self.context is not None:
+            raise RuntimeError(
+                "A decoding cache holds whole sequences, and apply_cp has sharded this "
+                f"{type(self).__name__}. Generate from a model that is not sharded: load the "
+                "checkpoint into another one."
+            )
 
     def apply_tp(
         self,
@@ -97,15 +142,6 @@ class SequenceMixer(nn.Module, ABC):
         raise RuntimeError(
             f"{type(self).__name__} does not support tensor parallelism in this version. Shard its "
             "parameters instead (FSDP)."
-        )
-
-
-def require_cp_style(ring: Any, uly: Any) -> None:
-    """:raises ValueError: If neither a ring nor a Ulysses style is given."""
-    if ring is None and uly is None:
-        raise ValueError(
-            "Context parallelism needs a style, got ring=None and uly=None. Pass "
-            "ring=RingContextParallelStyle(...) or uly=UlyssesContextParallelStyle()."
         )
 
 

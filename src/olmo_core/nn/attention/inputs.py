@@ -12,6 +12,14 @@ import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.decoding.cache import DecodingCache
+from olmo_core.nn.attention.parallel.agreement import announce_errors
+from olmo_core.nn.attention.parallel.context import ContextParallel
+from olmo_core.nn.attention.parallel.documents import (
+    ShardDocuments,
+    lengths_of,
+    read_shard_documents,
+)
+from olmo_core.nn.attention.parallel.positions import shard_positions
 from olmo_core.nn.attention.segments import Segments
 from olmo_core.nn.lengths import (
     can_be_read,
@@ -43,8 +51,9 @@ _A_DOCUMENT_A_ROW = (
 class Call(NamedTuple):
     """A call of a mixer, in the terms of the parts that serve it."""
 
-    segments: Segments
-    """What may attend to what. With a decoding cache, of the new tokens alone."""
+    segments: Segments | ShardDocuments
+    """What may attend to what. With a decoding cache, of the new tokens alone; on a shard, the
+    documents of the whole sequence."""
     positions: Tensor | None
     """Each token's position, ``(seq,)`` or ``(batch, seq)`` integers; None for 0, 1, 2, ..."""
     max_position: int
@@ -71,6 +80,7 @@ def read_call(
     d_model: int,
     cache: DecodingCache | None,
     parameters: Iterable[Tensor],
+    context: ContextParallel | None = None,
     window: int = -1,
     has_rope: bool = False,
     cu_doc_lens: Tensor | None = None,
@@ -84,6 +94,7 @@ def read_call(
 
     :param weight: A parameter of the mixer, for its device and dtype.
     :param parameters: The mixer's, none of which may want a gradient with a cache.
+    :param context: This rank's place among those that share the sequence.
     :param window: The backend's, in keys, or -1.
     :param has_rope: Whether the mixer rotates queries and keys.
     :param shard: The keywords that only a context-parallel shard has.
@@ -91,6 +102,16 @@ def read_call(
     :raises TypeError: If something has the wrong type or dtype.
     :raises RuntimeError: If the cache would overflow, or gradients are wanted with it.
     """
+    if context is not None:
+        keywords = {
+            "cu_doc_lens": cu_doc_lens,
+            "max_doc_len": max_doc_len,
+            "global_cu_doc_lens": global_cu_doc_lens,
+            **shard,
+        }
+        with announce_errors(lengths_of(keywords), x.device, context.everyone):
+            check_hidden_states(x, d_model, weight)
+            return _read_shard(x, context, cache, cache_leftpad, has_rope, rope_buffers, keywords)
     check_hidden_states(x, d_model, weight)
     batch, tokens, _ = x.shape
     if given := [name for name, value in shard.items() if value is not None]:
@@ -98,7 +119,7 @@ def read_call(
             f"{', '.join(given)} describe a context-parallel shard, and this layer is not sharded. "
             "Pass cu_doc_lens and max_doc_len, or call apply_cp first."
         )
-    buffers = {name: b for name, b in (rope_buffers or {}).items() if b is not None}
+    buffers = _given(rope_buffers)
     if buffers and (cache is not None or not has_rope):
         why = "with a cache, which knows its positions" if has_rope else "to a layer without RoPE"
         raise ValueError(f"{', '.join(buffers)} given {why}.")
@@ -125,13 +146,50 @@ def read_call(
         padding = torch.arange(tokens, device=x.device) < cache_leftpad[:, None]
     else:
         segments = fold(x, x, window, cu_doc_lens=cu_doc_lens, max_doc_len=max_doc_len)
-        _check_global(global_cu_doc_lens, cu_doc_lens, x)
+        check_global(global_cu_doc_lens, cu_doc_lens, x)
         if segments.cu_q is not None and buffers:
             _check_rows(segments.cu_q, batch, tokens)
         elif segments.cu_q is not None and has_rope:
             # Restarting in each document gives the bits that the document gives alone.
             positions = document_positions(segments.cu_q, batch * tokens).view(batch, tokens)
     return Call(segments, positions, segments.max_q, padding, buffers)
+
+
+def _read_shard(
+    x: Tensor,
+    context: ContextParallel,
+    cache: DecodingCache | None,
+    cache_leftpad: Tensor | None,
+    has_rope: bool,
+    rope_buffers: dict[str, Tensor | None] | None,
+    keywords: dict[str, Any],
+) -> Call:
+    if cache is not None:
+        raise RuntimeError(
+            "A decoding cache holds whole sequences, and apply_cp has sharded this mixer. Generate "
+            "from a model that is not sharded."
+        )
+    if cache_leftpad is not None:
+        raise ValueError(
+            "cache_leftpad pads rows on the left, and a shard is not a row's start. Make the "
+            "padding a document of its own before the load balancer shards the batch."
+        )
+    buffers = _given(rope_buffers)
+    if buffers and not has_rope:
+        raise ValueError(f"{', '.join(buffers)} given to a layer without RoPE.")
+    batch, tokens, _ = x.shape
+    documents = read_shard_documents(context, batch, tokens, x.device, **keywords)
+    positions = None
+    if has_rope and not buffers:
+        positions = shard_positions(
+            x, documents.lengths, context.layout, documents.local, context.ring_degree,
+            context.ring_rank, context.ulysses_degree, context.ulysses_rank,
+        )  # fmt: skip
+    return Call(documents, positions, tokens * context.degree, None, buffers)
+
+
+def _given(rope_buffers: dict[str, Tensor | None] | None) -> dict[str, Tensor]:
+    return {name: b for name, b in (rope_buffers or {}).items() if b is not None}
 
 
 def check_names(mixer: str, keywords: dict[str, Any], *known: tuple[str, ...]) -> None:
@@ -228,7 +286,7 @@ def _checked(cu: Tensor, like: Tensor, total: int, longest: int | None, name: st
     return cu.contiguous()
 
 
-def _check_global(global_cu: Tensor | None, cu: Tensor | None, x: Tensor) -> None:
+def check_global(global_cu: Tensor | None, cu: Tensor | None, x: Tensor) -> None:
     """Without context parallelism the whole sequence is the input: its documents are the same."""
     if global_cu is None:
         return

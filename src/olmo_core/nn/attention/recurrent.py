@@ -31,6 +31,7 @@ from olmo_core.nn.layer_norm import RMSNorm
 from olmo_core.nn.projections import project
 
 if TYPE_CHECKING:
+    from olmo_core.nn.attention.parallel.context import ContextParallel
     from olmo_core.nn.buffer_cache import BufferCache
 
 __all__ = ["GatedDeltaNet", "GatedDeltaNetConfig"]
@@ -282,6 +283,12 @@ class GatedDeltaNet(SequenceMixer):
             return gated_rms_norm(out, gate, norm.weight, norm.eps).flatten(2)
         dtype = compute_dtype(out.dtype)
         return (norm(out.to(dtype)) * F.silu(gate.to(dtype))).to(gate.dtype).flatten(2)
+
+    def check_cp(self, context: ContextParallel) -> None:
+        raise RuntimeError(
+            "GatedDeltaNet does not support context parallelism in this version. Shard the batch "
+            "instead (data parallelism), or shorten the sequence."
+        )
 
     def init_kv_cache_manager(
         self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0

@@ -24,6 +24,7 @@ from olmo_core.nn.layer_norm import LayerNorm
 from olmo_core.nn.rope import RoPEConfig
 
 if TYPE_CHECKING:
+    from olmo_core.nn.attention.parallel.context import ContextParallel
     from olmo_core.nn.buffer_cache import BufferCache
 
 __all__ = ["AttentionShape", "SoftmaxAttention"]
@@ -158,6 +159,14 @@ class SoftmaxAttention(SequenceMixer):
     def softmax_scale(self, softmax_scale: float) -> None:
         self.backend.scale = _check_scale(softmax_scale)
 
+    def check_cp(self, context: ContextParallel) -> None:
+        super().check_cp(context)
+        self.backend.check_cp(context)
+
+    def use_cp(self, context: ContextParallel) -> None:
+        super().use_cp(context)
+        self.backend.use_cp(context)
+
     def init_kv_cache_manager(
         self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0
     ) -> None:
@@ -167,8 +176,9 @@ class SoftmaxAttention(SequenceMixer):
         :param batch_size: The batch size for the cache.
         :param max_seq_len: The maximum sequence length for the cache, left padding included.
         :param max_rollback: Most tokens that the cache must be able to forget again.
-        :raises RuntimeError: If the backend does not support KV caching.
+        :raises RuntimeError: If the backend does not support KV caching, or the layer is sharded.
         """
+        self.refuse_cache_under_cp()
         self.backend.assert_supports_kv_cache()
         self.kv_cache_manager = KVCacheManager(
             batch_size,
@@ -204,6 +214,7 @@ class SoftmaxAttention(SequenceMixer):
             has_rope=self.rope is not None,
             cache=self.kv_cache_manager,
             parameters=self.parameters(),
+            context=self.context,
             **keywords,
         )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,16 @@ from torch import Tensor, nn
 from olmo_core.config import Config
 from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.attention.decoding.cache import DecodingCache
+from olmo_core.nn.attention.parallel.context import ContextParallel
 from olmo_core.nn.functional import l2_normalize
 from olmo_core.nn.init import InitMethod, trunc_normal_
 from olmo_core.nn.transformer.block import NormalizedTransformerBlock, TransformerBlock
 from olmo_core.nn.transformer.lm_head import LMHead
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from olmo_core.nn.attention.ring import RingContextParallelStyle, UlyssesContextParallelStyle
 
 
 class Transformer(nn.Module):
@@ -129,6 +135,24 @@ class Transformer(nn.Module):
         if loss_reduction == "sum":
             return total
         return total / (labels != ignore_index).sum().clamp(min=1)
+
+    def apply_cp(
+        self,
+        cp_mesh: DeviceMesh,
+        ring: RingContextParallelStyle | None = None,
+        uly: UlyssesContextParallelStyle | None = None,
+    ) -> None:
+        """:meth:`SequenceMixer.apply_cp` of every layer, or of none if one can't be sharded so.
+
+        :meth:`forward` then takes this rank's shard of ``input_ids`` and ``labels``, with the load
+        balancer's keywords. The mean loss is over the shard's labels: for the whole batch's ask for
+        ``loss_reduction="sum"``, and divide by the labels of all ranks.
+        """
+        context = ContextParallel.from_mesh(cp_mesh, ring, uly)
+        for mixer in self.mixers:
+            mixer.check_cp(context)
+        for mixer in self.mixers:
+            mixer.use_cp(context)
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:

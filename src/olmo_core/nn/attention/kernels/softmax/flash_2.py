@@ -26,7 +26,6 @@ from olmo_core.nn.attention.kernels.softmax.library_args import (
 from olmo_core.nn.attention.kernels.softmax.protocol import (
     HOPPER,
     NEWEST_GPU,
-    NO_CP,
     Capabilities,
 )
 from olmo_core.nn.attention.segments import Segments
@@ -143,7 +142,6 @@ CAPABILITIES = Capabilities(
     install="pip install flash-attn --no-build-isolation",
     compute_capability=((8, 0), NEWEST_GPU),
     max_head_dim=256,
-    missing=NO_CP,
     measured={HOPPER: {"full": 6.192, "window": 1.971, "documents": 1.244}},
 )
 

@@ -28,7 +28,6 @@ from olmo_core.nn.attention.kernels.softmax.library_args import (
 )
 from olmo_core.nn.attention.kernels.softmax.protocol import (
     HOPPER,
-    NO_CP,
     Capabilities,
     Feature,
 )
@@ -119,7 +118,7 @@ CAPABILITIES = Capabilities(
     compute_capability=(HOPPER, HOPPER),
     max_head_dim=256,
     head_dim_multiple=8,
-    missing={Feature.dropout: "its kernels have no dropout", **NO_CP},
+    missing={Feature.dropout: "its kernels have no dropout"},
 )
 
 KERNEL = Flash3Kernel()

@@ -48,11 +48,6 @@ class Feature(StrEnum):
     """Ulysses context parallelism."""
 
 
-NO_CP: Mapping[Feature, str] = dict.fromkeys(
-    (Feature.ring_cp, Feature.ulysses_cp), "context parallelism is not part of this version"
-)
-
-
 @dataclass(frozen=True)
 class Capabilities:
     """One backend's row of the table. Its kernel's file holds it, as ``CAPABILITIES``."""

@@ -35,7 +35,6 @@ from olmo_core.nn.attention.kernels.softmax.library_args import (
 from olmo_core.nn.attention.kernels.softmax.protocol import (
     HOPPER,
     NEWEST_GPU,
-    NO_CP,
     Capabilities,
     Feature,
 )
@@ -229,7 +228,6 @@ CAPABILITIES = Capabilities(
     head_dim_multiple=8,
     missing={
         Feature.dropout: "its dropout draws from a state that can't be replayed block by block",
-        **NO_CP,
     },
     measured={HOPPER: {"full": 3.673, "window": 1.303, "documents": 1.249}},
 )

@@ -24,7 +24,6 @@ from olmo_core.nn.attention.kernels.softmax.library_args import (
 from olmo_core.nn.attention.kernels.softmax.protocol import (
     HALF,
     HOPPER,
-    NO_CP,
     Capabilities,
 )
 from olmo_core.nn.attention.segments import Segments
@@ -242,7 +241,6 @@ CAPABILITIES = Capabilities(
     name="torch",
     title="PyTorch's fused attention",
     dtypes=(*HALF, torch.float32, torch.float64),
-    missing=NO_CP,
     measured={HOPPER: {"full": 3.891, "window": 2.014, "documents": 1.32}},
 )
 

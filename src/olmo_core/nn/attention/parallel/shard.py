@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.layout import Span, token_index
 from olmo_core.nn.lengths import check_cu_doc_lens, host_lengths
 
 _INTEGERS = {
@@ -23,20 +22,19 @@ _INTEGERS = {
 
 
 def take(
-    spans: list[Span],
+    rows: Tensor,
     inputs: Sequence[Tensor],
     seq_dims: Sequence[int],
     pad_values: Sequence[Any] | None,
     real: list[int],
     padded: list[int],
 ) -> list[Tensor]:
-    """The rows that ``spans``, in padded coordinates, name in each input."""
+    """The tokens ``rows``, in padded coordinates, of each input."""
     if padded[-1] != real[-1] and pad_values is None:
         raise ValueError(
             f"A length of {real[-1]} needs {padded[-1] - real[-1]} positions of padding here, but "
             "pad_values is None. Pass one value for each input."
         )
-    rows = token_index(spans)
     starts, padded_starts = torch.tensor(real), torch.tensor(padded)
     document = torch.searchsorted(padded_starts, rows, right=True) - 1
     source = starts[document] + rows - padded_starts[document]

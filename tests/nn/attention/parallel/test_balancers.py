@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.attention.layout import ContiguousLayout, Layout, ZigZagLayout, token_index
+from olmo_core.nn.attention.parallel.layout import token_index
 from olmo_core.nn.attention.ring import (
+    BalancedLoadBalancer,
     RingAttentionLlama3LoadBalancer,
     RingAttentionLoadBalancer,
     RingAttentionLoadBalancerType,
@@ -27,6 +28,7 @@ BALANCERS = [
     RingAttentionZigZagLoadBalancer,
     RingAttentionLlama3LoadBalancer,
     UlyssesLoadBalancer,
+    BalancedLoadBalancer,
 ]
 PAD = -1
 
@@ -86,7 +88,54 @@ def test_shards_by_document_together_are_the_padded_input(
     assert [t for t in expected if t != PAD] == x[0].tolist()
 
 
-@pytest.mark.parametrize("balancer", [RingAttentionZigZagLoadBalancer, UlyssesLoadBalancer])
+@pytest.mark.parametrize("balancer", [b for b in BALANCERS if b is not UlyssesLoadBalancer])
+@given(
+    lengths=documents,
+    n=st.integers(1, 4),
+    u=st.integers(1, 3),
+    multiple=st.none() | st.integers(1, 5),
+)
+def test_with_ulysses_inside_each_ring_shard_is_cut(
+    balancer: type[RingAttentionLoadBalancer],
+    lengths: list[int],
+    n: int,
+    u: int,
+    multiple: int | None,
+) -> None:
+    cu = cumulative(lengths)
+    x = torch.arange(int(cu[-1]))[None]
+    for rank in range(n):
+        parts = [
+            balancer(
+                cp_rank=rank, cp_world_size=n, ulysses_rank=i, ulysses_degree=u
+            ).batch_shard_by_document(
+                inputs=[x], seq_dims=[1], cu_doc_lens=cu, pad_values=[PAD], length_multiple=multiple
+            )
+            for i in range(u)
+        ]
+        rows = [shards[0].shape[1] for shards, _ in parts]
+        assert len(set(rows)) == 1 and rows[0] % (multiple or 1) == 0
+        global_cu = parts[0][1]["global_cu_doc_lens"].tolist()
+        whole = torch.tensor(padded_documents(x[0].tolist(), cu.tolist(), global_cu))
+        spans = balancer.layout.spans(global_cu, n)[rank]
+        assert torch.equal(torch.cat([s[0][0] for s, _ in parts]), whole[token_index(spans)])
+        for _, more in parts:
+            assert more["global_cu_doc_lens"].tolist() == global_cu
+            if "cu_doc_lens" in more:
+                assert int(more["cu_doc_lens"][-1]) == u * rows[0]
+            if "cu_doc_lens_q" in more:
+                assert int(more["cu_doc_lens_q"][-1]) == u * rows[0]
+
+
+def test_the_balanced_balancer_returns_the_global_lengths_alone() -> None:
+    for _, more in shard_all(BalancedLoadBalancer, 2, torch.arange(9)[None], cumulative([2, 7])):
+        assert list(more) == ["global_cu_doc_lens"]
+        assert more["global_cu_doc_lens"].tolist() == [0, 2, 9, 10]
+
+
+@pytest.mark.parametrize(
+    "balancer", [RingAttentionZigZagLoadBalancer, UlyssesLoadBalancer, BalancedLoadBalancer]
+)
 @given(total=st.integers(1, 50), n=st.integers(1, 4), multiple=st.none() | st.integers(1, 9))
 def test_whole_sequences_together_are_the_padded_input(
     balancer: type[RingAttentionLoadBalancer], total: int, n: int, multiple: int | None
@@ -100,35 +149,6 @@ def test_whole_sequences_together_are_the_padded_input(
         whole[:, token_index(spans)] = local
     assert torch.equal(whole[:, :total], x)
     assert (whole[:, total:] == PAD).all()
-
-
-@given(lengths=documents, n=st.integers(1, 4))
-def test_zig_zag_gives_every_rank_the_two_mirrored_chunks(lengths: list[int], n: int) -> None:
-    cu = cumulative([2 * n * length for length in lengths]).tolist()
-    for rank, spans in enumerate(ZigZagLayout().spans(cu, n)):
-        expected: list[int] = []
-        for a, b in pairwise(cu):
-            chunks = [
-                list(range(a, b))[i * (b - a) // (2 * n) :][: (b - a) // (2 * n)]
-                for i in range(2 * n)
-            ]
-            expected += chunks[rank] + chunks[2 * n - 1 - rank]
-        assert token_index(spans).tolist() == expected
-
-
-@pytest.mark.parametrize("layout", [ContiguousLayout(), ZigZagLayout()])
-@given(lengths=documents, n=st.integers(1, 4))
-def test_positions_count_from_the_documents_start(
-    layout: Layout, lengths: list[int], n: int
-) -> None:
-    cu = cumulative([2 * n * length for length in lengths]).tolist()
-    inside = torch.cat([torch.arange(b - a) for a, b in pairwise(cu)])
-    for rank, spans in enumerate(layout.spans(cu, n)):
-        assert torch.equal(layout.positions(cu, n, rank), inside[token_index(spans)])
-        for span in spans:
-            assert span.document in cu
-            ends = [b for a, b in pairwise(cu) if a == span.document and a < b]
-            assert span.document <= span.start < span.stop <= ends[0]
 
 
 @given(lengths=documents, n=st.integers(1, 4))
@@ -261,6 +281,9 @@ def test_inputs_of_every_shape_and_dtype_are_cut_alike(
         (RingAttentionLlama3LoadBalancer, 8, 16),
         (UlyssesLoadBalancer, None, 10),
         (UlyssesLoadBalancer, 5, 10),
+        (BalancedLoadBalancer, None, 10),
+        (BalancedLoadBalancer, 5, 10),
+        (BalancedLoadBalancer, 4, 16),
     ],
 )
 def test_pad_returns_the_tensor_and_how_much_was_added(
@@ -325,6 +348,9 @@ def test_rank_outside_the_group(
 ) -> None:
     with pytest.raises(ValueError, match="cp_rank must be in"):
         balancer(cp_rank=rank, cp_world_size=size)
+    if balancer is not UlyssesLoadBalancer:
+        with pytest.raises(ValueError, match="ulysses_rank must be in"):
+            balancer(cp_rank=0, cp_world_size=2, ulysses_rank=rank, ulysses_degree=size)
 
 
 def test_llama3_without_documents_raises() -> None:
@@ -334,21 +360,17 @@ def test_llama3_without_documents_raises() -> None:
         )
 
 
-def test_layouts_refuse_lengths_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="dealt evenly"):
-        ContiguousLayout().spans([0, 9], 2)
-    with pytest.raises(ValueError, match="4 equal chunks"):
-        ZigZagLayout().spans([0, 8, 14], 2)
-
-
 class FakeMesh:
-    ndim = 1
+    """Rank 3 of 4, or place (1, 2) of a 2 x 3 mesh."""
 
-    def size(self) -> int:
-        return 4
+    def __init__(self, ndim: int = 1):
+        self.ndim = ndim
 
-    def get_local_rank(self) -> int:
-        return 3
+    def size(self, dim: int | None = None) -> int:
+        return 4 if dim is None else (2, 3)[dim]
+
+    def get_local_rank(self, dim: int | None = None) -> int:
+        return 3 if dim is None else (1, 2)[dim]
 
 
 @pytest.mark.parametrize(
@@ -362,11 +384,17 @@ def test_build_takes_rank_and_size_from_the_mesh(
     assert (balancer.cp_rank, balancer.cp_world_size) == (3, 4)
 
 
-def test_build_refuses_a_mesh_of_two_dimensions() -> None:
-    mesh = FakeMesh()
-    mesh.ndim = 2
-    with pytest.raises(ValueError, match="one dimension, got 2"):
-        RingAttentionLoadBalancerType.zig_zag.build(mesh)
+@pytest.mark.parametrize("name", ["zig_zag", "llama3", "balanced"])
+def test_build_takes_a_ring_and_ulysses_inside_it(name: str) -> None:
+    balancer = RingAttentionLoadBalancerType(name).build(FakeMesh(ndim=2))
+    assert (balancer.cp_rank, balancer.cp_world_size) == (1, 2)
+    assert (balancer.ulysses_rank, balancer.ulysses_degree) == (2, 3)
+
+
+@pytest.mark.parametrize(("name", "ndim"), [("ulysses", 2), ("zig_zag", 3), ("balanced", 0)])
+def test_build_refuses_other_meshes(name: str, ndim: int) -> None:
+    with pytest.raises(ValueError, match=f"got {ndim} for {name}"):
+        RingAttentionLoadBalancerType(name).build(FakeMesh(ndim))
 
 
 @pytest.mark.distributed
@@ -397,7 +425,7 @@ def test_styles() -> None:
     ("kwargs", "message"),
     [
         ({"load_balancer": "ulysses"}, "UlyssesContextParallelStyle"),
-        ({"load_balancer": "zigzag"}, "expected .*zig_zag, llama3.* got 'zigzag'"),
+        ({"load_balancer": "zigzag"}, "expected .*zig_zag, llama3.*balanced.* got 'zigzag'"),
         ({"head_stride": 0}, "head_stride must be at least 1, got 0"),
     ],
 )

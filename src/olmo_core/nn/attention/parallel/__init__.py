@@ -1,0 +1,1 @@
+"""Context parallelism: who holds which tokens, what ranks exchange, and how they attend."""
