@@ -172,3 +172,21 @@ def test_bad_configs(config: FeedForwardConfig, d_model: int, message: str) -> N
         config.build(d_model)
     with pytest.raises(OLMoConfigurationError, match=message):
         config.num_params(d_model)
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("gelu", "gelu"), ("gelu_tanh", "gelu_pytorch_tanh")])
+def test_other_activations_are_those_of_transformers(name: str, theirs: str) -> None:
+    activations = pytest.importorskip("transformers.activations")
+    layer = FeedForwardConfig(24, activation=name, dtype="float64").build(16)  # type: ignore[arg-type]
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    act = activations.ACT2FN[theirs]
+    want = (act(x @ layer.w1.weight.T) * (x @ layer.w3.weight.T)) @ layer.w2.weight.T
+    torch.testing.assert_close(layer(x), want)
+    inputs = [x, *layer.parameters()]
+    got = torch.autograd.grad(layer(x).square().sum(), inputs)
+    torch.testing.assert_close(got, torch.autograd.grad(want.square().sum(), inputs))
+
+
+def test_the_normalized_layer_has_silu_alone() -> None:
+    with pytest.raises(OLMoConfigurationError, match="silu alone, got gelu_tanh"):
+        FeedForwardConfig(24, name="normalized", activation="gelu_tanh").build(16)  # type: ignore[arg-type]

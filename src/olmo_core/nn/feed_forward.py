@@ -1,9 +1,11 @@
-"""Feed-forward layers: SwiGLU (arXiv:2002.05202), and its form in nGPT (arXiv:2410.01131)."""
+"""Gated feed-forward layers (arXiv:2002.05202), and their form in nGPT (arXiv:2410.01131)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,13 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.functional import l2_normalize
 from olmo_core.nn.init import InitMethod
 
-__all__ = ["FeedForward", "FeedForwardConfig", "FeedForwardType", "NormalizedFeedForward"]
+__all__ = [
+    "Activation",
+    "FeedForward",
+    "FeedForwardConfig",
+    "FeedForwardType",
+    "NormalizedFeedForward",
+]
 
 
 class FeedForwardType(StrEnum):
@@ -24,6 +32,24 @@ class FeedForwardType(StrEnum):
     """:class:`FeedForward`"""
     normalized = "normalized"
     """:class:`NormalizedFeedForward`"""
+
+
+class Activation(StrEnum):
+    """What the gate goes through."""
+
+    silu = "silu"
+    """x * sigmoid(x): SwiGLU."""
+    gelu = "gelu"
+    """x * Phi(x) with the normal distribution function: GEGLU."""
+    gelu_tanh = "gelu_tanh"
+    """The tanh approximation of GELU, as in Gemma."""
+
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.silu: F.silu,
+    Activation.gelu: F.gelu,
+    Activation.gelu_tanh: partial(F.gelu, approximate="tanh"),
+}
 
 
 @dataclass
@@ -38,6 +64,8 @@ class FeedForwardConfig(Config):
     """Whether the linear layers have biases; None means no."""
     dtype: DType = DType.float32
     """The parameters' type."""
+    activation: Activation = Activation.silu
+    """What the gate goes through; ``normalized`` has silu alone."""
 
     def num_params(self, d_model: int) -> int:
         """The number of parameters of the layer that :meth:`build` makes.
@@ -51,12 +79,17 @@ class FeedForwardConfig(Config):
 
         :param d_model: The width of inputs and outputs.
         :param init_device: Where to create the parameters, e.g. "cpu" or "meta".
-        :raises OLMoConfigurationError: For a size below 1, or a bias with ``normalized``.
+        :raises OLMoConfigurationError: For a size below 1, or a bias or another activation with
+            ``normalized``.
         """
         if self.name == FeedForwardType.normalized:
             if self.bias:
                 raise OLMoConfigurationError(
                     "the normalized feed-forward has no biases: leave bias unset"
+                )
+            if self.activation != Activation.silu:
+                raise OLMoConfigurationError(
+                    f"the normalized feed-forward has silu alone, got {self.activation}"
                 )
             return NormalizedFeedForward(
                 d_model=d_model,
@@ -68,17 +101,19 @@ class FeedForwardConfig(Config):
             d_model=d_model,
             hidden_size=self.hidden_size,
             bias=bool(self.bias),
+            activation=self.activation,
             dtype=self.dtype.as_pt(),
             init_device=init_device,
         )
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1(x)) * w3(x)).
+    """A gated unit: w2(activation(w1(x)) * w3(x)); with silu it is SwiGLU.
 
     :param d_model: The width of inputs and outputs.
     :param hidden_size: The width of the hidden layer.
     :param bias: Whether the linear layers have biases.
+    :param activation: What the gate goes through.
     :param dtype: The parameters' type.
     :param init_device: Where to create the parameters.
     :raises OLMoConfigurationError: For a size below 1.
@@ -90,6 +125,7 @@ class FeedForward(nn.Module):
         d_model: int,
         hidden_size: int,
         bias: bool = False,
+        activation: Activation = Activation.silu,
         dtype: torch.dtype = torch.float32,
         init_device: str = "cpu",
     ) -> None:
@@ -100,6 +136,8 @@ class FeedForward(nn.Module):
             )
         self.d_model = d_model
         self.hidden_size = hidden_size
+        self.activation = Activation(activation)
+        self._act = _ACTIVATIONS[self.activation]
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, dtype=dtype, device=init_device)
@@ -114,7 +152,7 @@ class FeedForward(nn.Module):
         :param x: (..., d_model).
         :returns: (..., d_model).
         """
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(self._act(self.w1(x)) * self.w3(x))
 
     def init_weights(
         self,

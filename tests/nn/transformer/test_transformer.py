@@ -26,7 +26,7 @@ from olmo_core.nn.transformer import (
 )
 
 VOCAB = 23
-BLOCKS = ["pre_norm", "post_norm", "ngpt"]
+BLOCKS = ["pre_norm", "post_norm", "sandwich_norm", "ngpt"]
 
 
 def config(block: str = "pre_norm", window: int | None = None, **options: Any) -> TransformerConfig:
@@ -103,6 +103,10 @@ def reference(model: Transformer, ids: Tensor, block: str) -> Tensor:
         if block == "pre_norm":
             x = x + attention(norm(x, f"{mixer}_norm"), mixer)
             x = x + feed_forward(norm(x, f"{ff}_norm"), ff)
+        elif block == "sandwich_norm":
+            mixed = attention(norm(x, f"{mixer}_norm"), mixer)
+            x = x + norm(mixed, f"{mixer}_post_norm")
+            x = x + norm(feed_forward(norm(x, f"{ff}_norm"), ff), f"{ff}_post_norm")
         elif block == "post_norm":
             x = x + norm(attention(x, mixer), f"{mixer}_norm")
             x = x + norm(feed_forward(x, ff), f"{ff}_norm")
@@ -149,6 +153,30 @@ def test_autocast_trains_any_block(block: str) -> None:
         for how in ((torch.float64, False), (torch.bfloat16, False), (torch.float32, True))
     )
     assert (got - want).norm() < 1.5 * (low - want).norm()
+
+
+def test_an_embedding_scale_is_rounded_to_the_models_dtype() -> None:
+    plain, scaled = build(), build(embedding_scale=57.3)
+    with torch.no_grad():
+        plain.embeddings.weight *= 57.3
+    torch.testing.assert_close(scaled(tokens(1, 5)), plain(tokens(1, 5)))
+    low = build(embedding_scale=57.3, dtype="bfloat16")
+    seen: list[Tensor] = []
+    low.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    low(tokens(1, 5))
+    assert torch.equal(seen[0], low.embeddings(tokens(1, 5)) * torch.tensor(57.3).bfloat16())
+
+
+def test_a_norm_keeps_the_dtype_that_its_configuration_names() -> None:
+    norm = LayerNormConfig(name="rms", bias=False, dtype="float32")
+    made = config("sandwich_norm", dtype="bfloat16", layer_norm=norm)
+    made.blocks[0].layer_norm = norm
+    model = made.build()
+    dtypes = {n: p.dtype for n, p in model.named_parameters()}
+    assert {d for n, d in dtypes.items() if "_norm." in n or "head.norm" in n} == {torch.float32}
+    assert dtypes["blocks.0.feed_forward.w1.weight"] == torch.bfloat16
+    assert made.num_params() == model.num_params()
+    assert model(tokens(1, 5)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("window", [None, 3])

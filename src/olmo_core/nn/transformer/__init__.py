@@ -3,6 +3,7 @@
 from olmo_core.nn.transformer.block import (
     NormalizedTransformerBlock,
     PostNormTransformerBlock,
+    SandwichNormTransformerBlock,
     TransformerBlock,
 )
 from olmo_core.nn.transformer.config import (
@@ -12,12 +13,15 @@ from olmo_core.nn.transformer.config import (
 )
 from olmo_core.nn.transformer.generation import generate
 from olmo_core.nn.transformer.init import InitMethod
+from olmo_core.nn.transformer.lm_head import LMHead
 from olmo_core.nn.transformer.model import Transformer
 
 __all__ = [
     "InitMethod",
+    "LMHead",
     "NormalizedTransformerBlock",
     "PostNormTransformerBlock",
+    "SandwichNormTransformerBlock",
     "Transformer",
     "TransformerBlock",
     "TransformerBlockConfig",

@@ -60,8 +60,9 @@ class TransformerBlock(nn.Module):
                 std=std,
                 generator=generator,
             )
-        for norm in (self.sequence_mixer_norm, self.feed_forward_norm):
-            norm.reset_parameters()
+        for child in self.children():
+            if isinstance(child, LayerNorm):
+                child.reset_parameters()
 
 
 class PostNormTransformerBlock(TransformerBlock):
@@ -74,6 +75,30 @@ class PostNormTransformerBlock(TransformerBlock):
         """(B, T, d) -> (B, T, d); keywords go to the mixer."""
         h = x + self.sequence_mixer_norm(self.sequence_mixer(x, **mixer_kwargs))
         return h + self.feed_forward_norm(self.feed_forward(h))
+
+
+class SandwichNormTransformerBlock(TransformerBlock):
+    """Gemma 2's norms before and after each part (arXiv:2408.00118, section 2):
+
+    h = x + post_norm(mixer(norm(x))); y = h + post_norm(feed_forward(norm(h))).
+    """
+
+    def __init__(
+        self,
+        *,
+        sequence_mixer_post_norm: LayerNorm,
+        feed_forward_post_norm: LayerNorm,
+        **parts: Any,
+    ) -> None:
+        super().__init__(**parts)
+        self.sequence_mixer_post_norm = sequence_mixer_post_norm
+        self.feed_forward_post_norm = feed_forward_post_norm
+
+    def forward(self, x: Tensor, **mixer_kwargs: Any) -> Tensor:
+        """(B, T, d) -> (B, T, d); keywords go to the mixer."""
+        mixed = self.sequence_mixer(self.sequence_mixer_norm(x), **mixer_kwargs)
+        h = x + self.sequence_mixer_post_norm(mixed)
+        return h + self.feed_forward_post_norm(self.feed_forward(self.feed_forward_norm(h)))
 
 
 class NormalizedTransformerBlock(nn.Module):

@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from olmo_core.config import Config, DType, StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.base import SequenceMixerConfig
 from olmo_core.nn.attention.config import AttentionConfig
+from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.feed_forward import FeedForwardConfig, FeedForwardType
 from olmo_core.nn.init import InitMethod
-from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from olmo_core.nn.buffer_cache import BufferCache
-    from olmo_core.nn.transformer.model import Transformer
+from olmo_core.nn.layer_norm import LayerNorm, LayerNormConfig, LayerNormType
+from olmo_core.nn.transformer.block import (
+    NormalizedTransformerBlock,
+    PostNormTransformerBlock,
+    SandwichNormTransformerBlock,
+    TransformerBlock,
+)
+from olmo_core.nn.transformer.lm_head import LMHead
+from olmo_core.nn.transformer.model import Transformer
 
 
 class TransformerBlockType(StrEnum):
@@ -29,6 +34,8 @@ class TransformerBlockType(StrEnum):
     """:class:`~olmo_core.nn.transformer.TransformerBlock`"""
     post_norm = "post_norm"
     """:class:`~olmo_core.nn.transformer.PostNormTransformerBlock`"""
+    sandwich_norm = "sandwich_norm"
+    """:class:`~olmo_core.nn.transformer.SandwichNormTransformerBlock`"""
     ngpt = "ngpt"
     """:class:`~olmo_core.nn.transformer.NormalizedTransformerBlock`"""
 
@@ -55,7 +62,8 @@ class TransformerBlockConfig(Config):
     """The network after it. ``None`` is SwiGLU with a hidden width of 8/3 ``d_model``, rounded up
     to a multiple of 32, normalized in an ``ngpt`` block."""
     layer_norm: LayerNormConfig = field(default_factory=_rms_norm)
-    """Both norms of the block; ``ngpt`` blocks have none."""
+    """All norms of the block; ``ngpt`` blocks have none. If it names a ``dtype``, they keep that
+    whatever the model's is."""
     alpha_init: float = 0.05
     """Where the eigen learning rates of an ``ngpt`` block start: about 1 / n_layers."""
 
@@ -75,7 +83,8 @@ class TransformerBlockConfig(Config):
         params += self.feed_forward_of(d_model).num_params(d_model)
         if self.name == TransformerBlockType.ngpt:
             return params + 2 * d_model
-        return params + 2 * self.layer_norm.num_params(d_model)
+        norms = 4 if self.name == TransformerBlockType.sandwich_norm else 2
+        return params + norms * self.layer_norm.num_params(d_model)
 
     def build(
         self,
@@ -89,11 +98,10 @@ class TransformerBlockConfig(Config):
     ) -> nn.Module:
         """Build block ``layer_idx`` of ``n_layers``.
 
-        :param dtype: of all parameters, whatever the parts' own configurations say.
+        :param dtype: of the parameters of mixer and feed-forward network, whatever their own
+            configurations say, and of norms whose configuration names none.
         :param cache: where layers share RoPE tables.
         """
-        from olmo_core.nn.transformer import block as blocks
-
         mixer = self.sequence_mixer
         parts: dict[str, Any] = {
             "sequence_mixer": dataclasses.replace(mixer, dtype=dtype).build(  # type: ignore[call-arg]
@@ -108,19 +116,30 @@ class TransformerBlockConfig(Config):
             .build(d_model, init_device=init_device),
         }
         if self.name == TransformerBlockType.ngpt:
-            return blocks.NormalizedTransformerBlock(
+            return NormalizedTransformerBlock(
                 d_model=d_model,
                 alpha_init=self.alpha_init,
                 dtype=dtype.as_pt(),
                 init_device=init_device,
                 **parts,
             )
-        norm = self.layer_norm.replace(dtype=dtype)
-        parts["sequence_mixer_norm"] = norm.build(d_model, init_device=init_device)
-        parts["feed_forward_norm"] = norm.build(d_model, init_device=init_device)
-        if self.name == TransformerBlockType.post_norm:
-            return blocks.PostNormTransformerBlock(**parts)
-        return blocks.TransformerBlock(**parts)
+        names = ["sequence_mixer_norm", "feed_forward_norm"]
+        if self.name == TransformerBlockType.sandwich_norm:
+            names += ["sequence_mixer_post_norm", "feed_forward_post_norm"]
+        for name in names:
+            parts[name] = _build_norm(self.layer_norm, d_model, dtype, init_device)
+        return _CLASSES[self.name](**parts)
+
+
+_CLASSES: dict[TransformerBlockType, type[TransformerBlock]] = {
+    TransformerBlockType.pre_norm: TransformerBlock,
+    TransformerBlockType.post_norm: PostNormTransformerBlock,
+    TransformerBlockType.sandwich_norm: SandwichNormTransformerBlock,
+}
+
+
+def _build_norm(norm: LayerNormConfig, size: int, dtype: DType, init_device: str) -> LayerNorm:
+    return norm.replace(dtype=norm.dtype or dtype).build(size, init_device=init_device)
 
 
 @dataclass
@@ -150,6 +169,8 @@ class TransformerConfig(Config):
     """The norm before the output; a model of ``ngpt`` blocks has none."""
     tie_embeddings: bool = False
     """Whether the output matrix is the embedding matrix."""
+    embedding_scale: float | None = None
+    """Factor of the embeddings where they enter the model; Gemma's is the root of ``d_model``."""
     init_method: InitMethod = InitMethod.normal
     init_std: float = 0.02
     """Of embeddings, and of what ``init_method`` scales from it."""
@@ -157,7 +178,7 @@ class TransformerConfig(Config):
     """Compute the loss of this many tokens at a time and their logits again in backward: logits
     of a large vocabulary then never exist all at once."""
     dtype: DType = DType.float32
-    """Of all parameters."""
+    """Of all parameters, those of norms apart that name their own."""
 
     def layer_blocks(self) -> list[TransformerBlockConfig]:
         """The block of each layer.
@@ -210,6 +231,36 @@ class TransformerConfig(Config):
         :param init_device: where to create the parameters, e.g. "cpu" or "meta".
         :raises OLMoConfigurationError: as :meth:`layer_blocks`, and for parts that do not fit.
         """
-        from olmo_core.nn.transformer.model import Transformer
-
-        return Transformer(self, init_device=init_device)
+        layers, dtype = self.layer_blocks(), self.dtype.as_pt()
+        cache = BufferCache()
+        norm = None
+        if not self.is_normalized:
+            norm = _build_norm(self.layer_norm, self.d_model, self.dtype, init_device)
+        return Transformer(
+            embeddings=nn.Embedding(self.vocab_size, self.d_model, dtype=dtype, device=init_device),
+            blocks=[
+                block.build(
+                    self.d_model,
+                    layer_idx=i,
+                    n_layers=self.n_layers,
+                    dtype=self.dtype,
+                    init_device=init_device,
+                    cache=cache,
+                )
+                for i, block in enumerate(layers)
+            ],
+            lm_head=LMHead(
+                d_model=self.d_model,
+                vocab_size=self.vocab_size,
+                norm=norm,
+                tied=self.tie_embeddings,
+                scaled=self.is_normalized,
+                loss_chunk_size=self.loss_chunk_size,
+                dtype=dtype,
+                init_device=init_device,
+            ),
+            embedding_scale=self.embedding_scale,
+            init_method=self.init_method,
+            init_std=self.init_std,
+            config=self,
+        )

@@ -5,115 +5,54 @@ B: batch, T: sequence length, d: width of the residual stream (``d_model``), V: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olmo_core.config import Config
 from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.attention.decoding.cache import DecodingCache
-from olmo_core.nn.buffer_cache import BufferCache
-from olmo_core.nn.functional import compute_dtype, l2_normalize
-from olmo_core.nn.init import trunc_normal_
-from olmo_core.nn.layer_norm import LayerNorm
+from olmo_core.nn.functional import l2_normalize
+from olmo_core.nn.init import InitMethod, trunc_normal_
 from olmo_core.nn.transformer.block import NormalizedTransformerBlock, TransformerBlock
-from olmo_core.nn.transformer.config import TransformerConfig
-
-
-class LMHead(nn.Module):
-    """Final norm, output matrix, and the loss.
-
-    In an nGPT there is no norm, and the logits, cosines, are scaled by a learned factor for each
-    token, ``sz`` (arXiv:2410.01131, equation 3): it starts at 1 and is stored at the scale
-    d^-1/2.
-    """
-
-    def __init__(self, config: TransformerConfig, init_device: str) -> None:
-        super().__init__()
-        dtype = config.dtype.as_pt()
-        self.chunk_size = config.loss_chunk_size
-        self.sz_scale = config.d_model**-0.5
-        self.norm: LayerNorm | None = None
-        self.sz: nn.Parameter | None = None
-        if config.is_normalized:
-            self.sz = nn.Parameter(torch.empty(config.vocab_size, dtype=dtype, device=init_device))
-        else:
-            self.norm = config.layer_norm.replace(dtype=config.dtype).build(
-                config.d_model, init_device=init_device
-            )
-        self.w_out: nn.Linear | None = None
-        if not config.tie_embeddings:
-            self.w_out = nn.Linear(
-                config.d_model, config.vocab_size, bias=False, dtype=dtype, device=init_device
-            )
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set all but the matrix to where it starts."""
-        if self.sz is not None:
-            self.sz.fill_(self.sz_scale)
-        if self.norm is not None:
-            self.norm.reset_parameters()
-
-    def forward(self, x: Tensor, embeddings: Tensor) -> Tensor:
-        """Logits: (..., d) -> (..., V). ``embeddings`` (V, d) serve if there is no own matrix."""
-        if self.norm is not None:
-            x = self.norm(x)
-        logits = F.linear(x, embeddings if self.w_out is None else self.w_out.weight)
-        if self.sz is not None:
-            logits = logits * (self.sz / self.sz_scale)
-        return logits
-
-    def loss(self, x: Tensor, embeddings: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        """The summed cross-entropy in float32 (float64 for float64 inputs).
-
-        :param x: (B, T, d).
-        :param labels: (B, T) int64.
-        """
-        x, labels = x.flatten(0, 1), labels.flatten()
-        if self.chunk_size is None or self.chunk_size >= x.shape[0]:
-            return self._loss(x, embeddings, labels, ignore_index)
-        from torch.utils.checkpoint import checkpoint
-
-        chunks = zip(x.split(self.chunk_size), labels.split(self.chunk_size), strict=True)
-        losses = [
-            checkpoint(self._loss, part, embeddings, wanted, ignore_index, use_reentrant=False)
-            for part, wanted in chunks
-        ]
-        return torch.stack(losses).sum()
-
-    def _loss(self, x: Tensor, embeddings: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        logits = self(x, embeddings)
-        logits = logits.to(compute_dtype(logits.dtype))
-        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+from olmo_core.nn.transformer.lm_head import LMHead
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model; :class:`TransformerConfig` describes it."""
+    """A decoder-only language model of parts that are built already.
 
-    def __init__(self, config: TransformerConfig, *, init_device: str = "cpu") -> None:
+    :class:`TransformerConfig` describes one and builds it.
+
+    :param embeddings: (V, d).
+    :param blocks: what stands between embeddings and head, in order; all ``ngpt`` or none.
+    :param lm_head: the head.
+    :param embedding_scale: factor of the embeddings, rounded to their dtype first, as in Gemma.
+    :param init_method: how :meth:`init_weights` draws the blocks' matrices.
+    :param init_std: of embeddings, and of what ``init_method`` scales from it.
+    :param config: what the model was built from, for those who write it to a file.
+    """
+
+    def __init__(
+        self,
+        *,
+        embeddings: nn.Embedding,
+        blocks: Iterable[nn.Module],
+        lm_head: LMHead,
+        embedding_scale: float | None = None,
+        init_method: InitMethod = InitMethod.normal,
+        init_std: float = 0.02,
+        config: Config | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        dtype = config.dtype.as_pt()
-        cache = BufferCache()
-        self.embeddings = nn.Embedding(
-            config.vocab_size, config.d_model, dtype=dtype, device=init_device
-        )
-        self.blocks = nn.ModuleList(
-            block.build(
-                config.d_model,
-                layer_idx=i,
-                n_layers=config.n_layers,
-                dtype=config.dtype,
-                init_device=init_device,
-                cache=cache,
-            )
-            for i, block in enumerate(config.layer_blocks())
-        )
-        self.lm_head = LMHead(config, init_device)
+        self.init_method, self.init_std = init_method, init_std
+        self.embedding_scale = embedding_scale
+        self.embeddings = embeddings
+        self.blocks = nn.ModuleList(blocks)
+        self.lm_head = lm_head
         self.max_rollback = 0
 
     @property
@@ -178,6 +117,8 @@ class Transformer(nn.Module):
         if not torch.compiler.is_compiling():  # where counts would be constants of the graph
             self._check_caches_agree()
         x = self.embeddings(input_ids)
+        if self.embedding_scale is not None:
+            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype)
         for block in self.blocks:
             x = block(x, **mixer_kwargs)
         if labels is None:
@@ -198,21 +139,21 @@ class Transformer(nn.Module):
 
         :param seed: of a generator of its own; ``None`` draws from torch's.
         """
-        config = self.config
+        d_model, blocks = self.embeddings.embedding_dim, self._blocks()
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        trunc_normal_(self.embeddings.weight, std=config.init_std, generator=generator)
-        for i, block in enumerate(self._blocks()):
+        trunc_normal_(self.embeddings.weight, std=self.init_std, generator=generator)
+        for i, block in enumerate(blocks):
             block.init_weights(
-                init_method=config.init_method,
-                d_model=config.d_model,
+                init_method=self.init_method,
+                d_model=d_model,
                 block_idx=i,
-                num_blocks=config.n_layers,
-                std=config.init_std,
+                num_blocks=len(blocks),
+                std=self.init_std,
                 generator=generator,
             )
         if self.lm_head.w_out is not None:
             # As wide as what it multiplies needs: logits start with a standard deviation below 1.
-            std = min(config.init_std, config.d_model**-0.5)
+            std = min(self.init_std, d_model**-0.5)
             trunc_normal_(self.lm_head.w_out.weight, std=std, generator=generator)
         self.lm_head.reset_parameters()
         self.normalize_matrices()
@@ -223,10 +164,10 @@ class Transformer(nn.Module):
 
         Other models are left as they are.
         """
-        if not self.config.is_normalized:
+        normalized = [b for b in self.blocks if isinstance(b, NormalizedTransformerBlock)]
+        if not normalized:
             return
-        for block in self._blocks():
-            assert isinstance(block, NormalizedTransformerBlock)
+        for block in normalized:
             block.normalize_matrices()
         self.embeddings.weight.copy_(l2_normalize(self.embeddings.weight))
         if self.lm_head.w_out is not None:
