@@ -6,7 +6,7 @@ A family is facts and names; :mod:`.config` and :mod:`.rules` read them in both 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from olmo_core.nn.layer_norm import LayerNormType
@@ -56,15 +56,14 @@ MODEL = {
     "lm_head": "lm_head.w_out",
 }
 
-# One tensor of theirs holds the rows of several of ours; ``rules.py`` knows the sizes.
-Parts = dict[str, tuple[str, ...]]
-_GDN: Parts = {
-    "conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"),
-    "A_log": ("A_log",),
-    "dt_bias": ("dt_bias",),
-}
+# Tensors of theirs, stacked, hold the rows of tensors of ours; ``rules.py`` knows the sizes.
+Parts = dict[str | tuple[str, ...], tuple[str, ...]]
+_GATES: Parts = {"A_log": ("A_log",), "dt_bias": ("dt_bias",)}
+_GDN: Parts = {**_GATES, "conv1d": ("q_conv1d", "k_conv1d", "v_conv1d")}
 GDN_SEPARATE: Parts = {
-    **_GDN,
+    **_GATES,
+    # transformers cuts what it saves into thirds, wherever queries, keys and values end.
+    ("q_conv1d", "k_conv1d", "v_conv1d"): ("q_conv1d", "k_conv1d", "v_conv1d"),
     **{f"{name}_proj": (f"w_{name}",) for name in "qkvabg"},
     "o_proj": ("w_out",),
     "o_norm": ("o_norm",),
@@ -113,6 +112,8 @@ class Family:
     """The layers' types where ``config.json`` does not list them."""
     ignored_tensors: tuple[str, ...] = ()
     """Patterns of tensors that the text model does not use; transformers skips the same."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names that its files have for parts of a layer."""
     whole: bool = True
     """Whether the whole model maps, or its mixers alone."""
 
@@ -236,6 +237,10 @@ FAMILIES: dict[str, Family] = {
         qk_norm="full",
         linear=GDN_SEPARATE,
         layer_types=_hybrid_layers,
+        aliases={
+            "attention_layer_norm": "input_layernorm",
+            "feedforward_layer_norm": "post_attention_layernorm",
+        },
         ignored_tensors=("mtp*",),
     ),
     "qwen3_5_text": Family(

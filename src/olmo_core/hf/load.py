@@ -11,6 +11,7 @@ from torch import Tensor
 from olmo_core.config import DType
 from olmo_core.hf.config import Imported, PretrainedError, read_config
 from olmo_core.hf.folder import Folder
+from olmo_core.hf.gguf import GGUFFile, is_gguf
 from olmo_core.hf.rules import Rule, import_tensors, mixer_rules, rules_of, text_names
 from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.transformer import Transformer, TransformerConfig
@@ -38,11 +39,7 @@ class Source(Protocol):
 def open_source(path: str | Path) -> Source:
     """:raises PretrainedError: if there is nothing that can be read."""
     path = Path(path).expanduser()
-    if path.suffix == ".gguf" or (path.is_file() and path.read_bytes()[:4] == b"GGUF"):
-        from olmo_core.hf.gguf import GGUFFile
-
-        return GGUFFile(path)
-    return Folder(path)
+    return GGUFFile(path) if is_gguf(path) else Folder(path)
 
 
 def load_config(path: str | Path, *, ignore: tuple[str, ...] = ()) -> TransformerConfig:
@@ -113,9 +110,12 @@ def load_mixer(
             .build(config.d_model, layer_idx=layer, n_layers=config.n_layers, init_device="meta")
         )
         rules = mixer_rules(imported, layer, mixer)
-        theirs = {rule.theirs for rule in rules}
-        names = [full for short, full in text_names(source.names).items() if short in theirs]
-        state = import_tensors(rules, mixer.state_dict(), names, source.read)
+        theirs = {name for rule in rules for name in rule.theirs}
+        full_names = text_names(source.names, imported.family.aliases)
+        names = [name for short, name in full_names.items() if short in theirs]
+        state = import_tensors(
+            rules, mixer.state_dict(), names, source.read, family=imported.family
+        )
     mixer.load_state_dict(state, assign=True)
     return mixer.to(device).eval()
 
@@ -123,7 +123,7 @@ def load_mixer(
 def _read(source: Source, dtype: torch.dtype | None, ignore: tuple[str, ...]) -> Imported:
     imported = read_config(source.config, ignore=ignore)
     if dtype is None:
-        name = text_names(source.names).get("model.embed_tokens.weight")
+        name = text_names(source.names, {}).get("model.embed_tokens.weight")
         dtype = torch.float32 if name is None else source.read(name).dtype
         if not dtype.is_floating_point:
             dtype = torch.float32  # an error that names every such tensor follows
@@ -148,6 +148,6 @@ def _import(
         wanted,
         source.names,
         source.read,
-        ignored=imported.family.ignored_tensors,
+        family=imported.family,
         tied=imported.config.tie_embeddings,
     )

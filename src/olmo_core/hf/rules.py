@@ -17,6 +17,7 @@ from olmo_core.hf.families import (
     MODEL,
     NORMS,
     TEXT_PREFIXES,
+    Family,
     Parts,
 )
 from olmo_core.hf.layouts import SAME, Layout, Rows, ZeroCentred
@@ -30,9 +31,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor there and what it holds of ours."""
+    """What one tensor there, or several stacked by rows, hold of ours."""
 
-    theirs: str
+    theirs: tuple[str, ...]
     ours: tuple[str, ...]
     layout: Layout = SAME
 
@@ -75,15 +76,16 @@ def _layer_rules(
     assert isinstance(mixer, AttentionConfig)
     for rule in _named(ATTENTION, names, theirs, ours):
         layout: Layout = rule.layout
-        if ".q_norm." in rule.theirs and imported.family.zero_centred:
+        (name,) = rule.theirs
+        if ".q_norm." in name and imported.family.zero_centred:
             layout = ZeroCentred(imported.score_scale)
-        elif ".k_norm." in rule.theirs:
-            layout = norms(rule.theirs)
-        gated = mixer.gate is not None and ".q_proj." in rule.theirs
+        elif ".k_norm." in name:
+            layout = norms(name)
+        gated = mixer.gate is not None and ".q_proj." in name
         if gated:
             # Each head's rows: its queries, then its gates.
             size = mixer.head_dim or imported.config.d_model // mixer.n_heads
-            gates = tuple(name.replace("w_q", "w_g") for name in rule.ours)
+            gates = tuple(ours.replace("w_q", "w_g") for ours in rule.ours)
             rules.append(Rule(rule.theirs, rule.ours + gates, Rows((size, size), mixer.n_heads)))
         else:
             rules.append(Rule(rule.theirs, rule.ours, layout))
@@ -110,25 +112,26 @@ def _named(
         for name in names:
             if name.startswith(f"{ours}{our_module}."):
                 their_name = theirs + their_module + name.removeprefix(ours + our_module)
-                yield Rule(their_name, (name,), layout(their_name))
+                yield Rule((their_name,), (name,), layout(their_name))
 
 
 def _packed(
     table: Parts, rows: Mapping[str, tuple[int, int]], names: list[str], theirs: str, ours: str
 ) -> Iterator[Rule]:
     """Rules for tensors that hold several of ours. ``rows``: key heads, and rows for each."""
-    for their_module, modules in table.items():
+    for key, modules in table.items():
+        their_modules = (key,) if isinstance(key, str) else key
         suffix = "" if f"{ours}{modules[0]}" in names else ".weight"
         full = tuple(f"{ours}{module}{suffix}" for module in modules)
         layout: Layout = SAME
         if len(modules) > 1:
             heads = {rows[module][0] for module in modules}
-            by_key_head = their_module in ("in_proj_qkvz", "in_proj_ba")
+            by_key_head = key in ("in_proj_qkvz", "in_proj_ba")
             groups = heads.pop() if by_key_head else 1
             layout = Rows(
                 tuple(rows[m][1] * (1 if by_key_head else rows[m][0]) for m in modules), groups
             )
-        yield Rule(f"{theirs}{their_module}{suffix}", full, layout)
+        yield Rule(tuple(f"{theirs}{m}{suffix}" for m in their_modules), full, layout)
 
 
 def _delta_net_rows(mixer: GatedDeltaNetConfig, d_model: int) -> dict[str, tuple[int, int]]:
@@ -143,8 +146,8 @@ def _delta_net_rows(mixer: GatedDeltaNetConfig, d_model: int) -> dict[str, tuple
     return {name: (mixer.n_heads, n) for name, n in rows.items()}
 
 
-def text_names(names: Iterable[str]) -> dict[str, str]:
-    """The tensors of a file by the names that the text model alone would give them."""
+def text_names(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """The tensors of a file by the names that the rules have for them."""
     renamed = {}
     for name in names:
         short = name
@@ -152,6 +155,7 @@ def text_names(names: Iterable[str]) -> dict[str, str]:
             if name.startswith(prefix):
                 short = without + name.removeprefix(prefix)
                 break
+        short = ".".join(aliases.get(part, part) for part in short.split("."))
         renamed[short] = name
     return renamed
 
@@ -162,7 +166,7 @@ def import_tensors(
     names: Iterable[str],
     read: Callable[[str], Tensor],
     *,
-    ignored: tuple[str, ...] = (),
+    family: Family,
     tied: bool = False,
 ) -> dict[str, Tensor]:
     """Our state dict from their tensors.
@@ -170,34 +174,36 @@ def import_tensors(
     :param wanted: our tensors by name, for their shapes and dtypes: on ``meta`` for example.
     :param names: of their tensors.
     :param read: gives one of them.
-    :param ignored: patterns of names that the model does not use.
     :param tied: whether ``lm_head.weight`` may be there as a copy of the embeddings.
     :raises PretrainedError: with a line for each tensor that is missing, unknown or unlike.
     """
-    short = text_names(names)
-    left = {name for name in short if not any(fnmatch(name, p) for p in ignored)}
+    short = text_names(names, family.aliases)
+    left = {name for name in short if not any(fnmatch(name, p) for p in family.ignored_tensors)}
     # transformers 4 saved what it computes at each start.
     left = {name for name in left if not name.endswith("rotary_emb.inv_freq")}
     problems, state = [], {}
     for rule in rules:
-        left.discard(rule.theirs)
-        if rule.theirs not in short:
-            problems.append(f"{rule.theirs} is missing")
+        label = ", ".join(rule.theirs)
+        left -= set(rule.theirs)
+        missing = [name for name in rule.theirs if name not in short]
+        if missing:
+            problems += [f"{name} is missing" for name in missing]
             continue
-        x = read(short[rule.theirs])
-        if x.dtype not in _FLOATS:
-            problems.append(f"{rule.theirs} is {x.dtype}: quantised weights are read from GGUF")
+        tensors = [read(short[name]) for name in rule.theirs]
+        if any(x.dtype not in _FLOATS for x in tensors):
+            problems.append(f"{label} is {tensors[0].dtype}: quantised weights are read from GGUF")
             continue
+        x = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         try:
             parts = rule.layout.here(x)
         except (ValueError, RuntimeError) as error:
-            problems.append(f"{rule.theirs} of shape {tuple(x.shape)}: {error}")
+            problems.append(f"{label} of shape {tuple(x.shape)}: {error}")
             continue
         for name, part in zip(rule.ours, parts, strict=True):
             if part.shape != wanted[name].shape:
                 problems.append(
-                    f"{rule.theirs} gives {name} the shape {tuple(part.shape)}, the "
-                    f"configuration says {tuple(wanted[name].shape)}"
+                    f"{label} gives {name} the shape {tuple(part.shape)}, the configuration says "
+                    f"{tuple(wanted[name].shape)}"
                 )
             state[name] = part.to(wanted[name].dtype).contiguous()
     if tied and "lm_head.weight" in left:
@@ -214,10 +220,12 @@ def import_tensors(
 
 def export_tensors(rules: list[Rule], state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Their tensors from our state dict."""
-    return {
-        rule.theirs: rule.layout.there([state[name] for name in rule.ours]).contiguous()
-        for rule in rules
-    }
+    tensors: dict[str, Tensor] = {}
+    for rule in rules:
+        ours = [state[name] for name in rule.ours]
+        parts = [rule.layout.there(ours)] if len(rule.theirs) == 1 else ours
+        tensors |= {name: x.contiguous() for name, x in zip(rule.theirs, parts, strict=True)}
+    return tensors
 
 
 def listed(problems: list[str]) -> str:
