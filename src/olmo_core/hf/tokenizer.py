@@ -5,10 +5,12 @@ Needs the package ``tokenizers``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from olmo_core.data import EOD
 from olmo_core.hf.config import PretrainedError
 from olmo_core.hf.folder import CONFIG, read_json
 from olmo_core.hf.gguf import GGUFFile
@@ -58,6 +60,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that is to be continued, those that start a text included."""
         return list(self.backend.encode(text).ids)
+
+    def token_ids(self) -> dict[str, Any]:
+        """The special tokens' numbers as ``config.json`` has them."""
+        stops = sorted(self.stop_tokens)
+        names = {"bos_token_id": "bos_token", "pad_token_id": "pad_token"}
+        ids = {
+            key: self.backend.token_to_id(self.special_tokens[name])
+            for key, name in names.items()
+            if name in self.special_tokens
+        }
+        return {**ids, "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
@@ -116,6 +129,47 @@ def load_tokenizer(source: str | Path | GGUFFile) -> Tokenizer:
         return Tokenizer(read_backend(path))
     with GGUFFile(path) as file:
         return _from_gguf(file)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the files that transformers and :func:`load_tokenizer` read."""
+    tokenizer.backend.save(str(folder / TOKENIZER))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **tokenizer.special_tokens,
+    }
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
+    ids = {name: value for name, value in tokenizer.token_ids().items() if value is not None}
+    for name, values in (("tokenizer_config.json", config), ("generation_config.json", ids)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The vocabulary of :mod:`olmo_core.data.tokens` as a tokenizer: bytes, and EOD around them."""
+    tokenizers = _tokenizers()
+    end = "<|endoftext|>"
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={_byte_character(i): i for i in range(256)}, merges=[])
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([end])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, EOD)]
+    )
+    special = {"bos_token": end, "eos_token": end}
+    return Tokenizer(backend, stop_tokens=[EOD], special_tokens=special)
+
+
+def _byte_character(byte: int) -> str:
+    """GPT-2's character for a byte: itself where it can be seen, else the next free ones."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    return chr(byte) if byte in visible else chr(256 + hidden.index(byte))
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
