@@ -218,6 +218,8 @@ def _read(
         embedding_scale=math.sqrt(v["hidden_size"]) if model_type == "gemma3_text" else None,
         init_std=v["initializer_range"],
     )
+    for block in blocks:  # raises for sizes that do not fit together
+        block.build(config.d_model, layer_idx=0, n_layers=1, init_device="meta")
     config.layer_blocks()
     return Imported(model_type, family, config, scale)
 
