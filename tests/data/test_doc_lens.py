@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from olmo_core.data import (
     doc_lens_from_attention_mask,
+    doc_lens_from_cu_seqlens,
     doc_lens_from_lengths,
     doc_lens_from_position_ids,
     leftpad_from_attention_mask,
@@ -98,3 +99,28 @@ def test_bad_calls(name: str) -> None:
     call, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_cumulative_lengths_of_collators() -> None:
+    wanted = doc_lens_from_lengths([3, 0, 5], total=8)
+    for given in ([0, 3, 3, 8], torch.tensor([[0, 3, 3, 8]]), torch.tensor([0, 3, 3, 8]).int()):
+        found = doc_lens_from_cu_seqlens(given, total=8)
+        assert torch.equal(found.cu_doc_lens, wanted.cu_doc_lens)
+        assert found.cu_doc_lens.dtype == torch.int32
+        assert found.max_doc_len == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([0], r"must start at 0 and not decrease, got \[0\]"),
+        ([1, 4], r"must start at 0"),
+        ([0, 4, 3], r"not decrease, got \[0, 4, 3\]"),
+        ([0, 4], "lengths sum to 4, but there are 8 tokens"),
+        ([0.0, 8.0], "cu_seqlens must be integers"),
+        ([[0, 4], [0, 4]], r"in one row, got shape \(2, 2\)"),
+    ],
+)
+def test_bad_cumulative_lengths(given: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        doc_lens_from_cu_seqlens(torch.tensor(given), total=8)

@@ -4,6 +4,7 @@
 from olmo_core.data.doc_lens import (
     DocLens,
     doc_lens_from_attention_mask,
+    doc_lens_from_cu_seqlens,
     doc_lens_from_lengths,
     doc_lens_from_position_ids,
     leftpad_from_attention_mask,
@@ -23,6 +24,7 @@ __all__ = [
     "data_files",
     "decode",
     "doc_lens_from_attention_mask",
+    "doc_lens_from_cu_seqlens",
     "doc_lens_from_lengths",
     "doc_lens_from_position_ids",
     "encode",

@@ -11,6 +11,7 @@ B: batch, T: sequence length, N: documents.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -96,6 +97,28 @@ def doc_lens_from_position_ids(position_ids: Tensor) -> DocLens:
             f"but token {i} has {int(flat[i])} {before}"
         )
     return _from_starts(starts)
+
+
+def doc_lens_from_cu_seqlens(
+    cu_seqlens: Tensor | Sequence[int], *, total: int | None = None
+) -> DocLens:
+    """Documents of collators that name cumulative lengths (``cu_seq_lens_q``, ``cu_seqlens``).
+
+    :param cu_seqlens: (N + 1,) or (1, N + 1) integers that start at 0 and do not decrease.
+    :param total: B * T, if known: the last must be it.
+    :raises ValueError: if they are no cumulative lengths, or do not end at ``total``.
+    """
+    cu = torch.as_tensor(cu_seqlens)
+    _expect_integers("cu_seqlens", cu, 1, 2)
+    if cu.dim() == 2 and cu.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens must describe the flattened batch in one row, got shape {tuple(cu.shape)}"
+        )
+    values = cu.flatten().tolist()
+    if len(values) < 2 or values[0] != 0 or any(a > b for a, b in pairwise(values)):
+        raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {values[:8]}")
+    lengths = [b - a for a, b in pairwise(values)]
+    return doc_lens_from_lengths(lengths, total=total, device=cu.device)
 
 
 def doc_lens_from_attention_mask(attention_mask: Tensor) -> DocLens:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from olmo_core.hf.config import PretrainedError
+from olmo_core.hf.documents import segment_keywords
 from olmo_core.nn.attention import AttentionBackendName
 from olmo_core.nn.attention.backend import AttentionBackend, AutoAttentionBackend
 
@@ -165,56 +166,16 @@ def _implementation(name: AttentionBackendName | None) -> Any:
             float(dropout),
             sliding_window,
         )
-        segments = _segments(q, k, attention_mask, position_ids, cu_seq_lens_q)
-        return backend.train(dropout > 0)((q, k, v), **segments), None
+        lengths = _lengths(q, k, attention_mask, position_ids, cu_seq_lens_q)
+        return backend.train(dropout > 0)((q, k, v), **lengths), None
 
     return attention
 
 
-def _segments(
+def _lengths(
     q: Tensor, k: Tensor, mask: Tensor | None, positions: Tensor | None, cu: Tensor | None
 ) -> dict[str, Any]:
-    """The backend's length keywords; none for whole rows."""
-    batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    if cu is not None:
-        cu = torch.as_tensor(cu, dtype=torch.int32, device=q.device).flatten()
-        return {"cu_doc_lens": cu, "max_doc_len": int(cu.diff().max())}
-    starts = torch.zeros(batch, keys, dtype=torch.bool, device=q.device)
-    if positions is not None and queries == keys and positions.shape[-1] == queries:
-        # A document starts where a position does not follow the one before.
-        positions = positions.reshape(-1, queries).expand(batch, -1)
-        starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    if mask is not None:
-        change = mask[:, 1:] != mask[:, :-1]
-        _check_padding(mask, change)
-        # Positions of padding are filled with anything.
-        starts[:, 1:] &= mask[:, 1:] & mask[:, :-1]
-        starts[:, 1:] |= change
-    if not bool(starts.any()):
-        return {}
-    starts[:, 0] = True
-    row, column = starts.nonzero().unbind(1)
-    ends = torch.tensor([batch * keys], device=q.device)
-    cu_k = torch.cat([row * keys + column, ends])
-    if queries == keys:
-        cu_k = cu_k.to(torch.int32)
-        return {"cu_doc_lens": cu_k, "max_doc_len": int(cu_k.diff().max())}
-    # The queries are each row's last tokens; a segment has those of its keys that are queries.
-    first = row * queries + (column - (keys - queries)).clamp(min=0)
-    cu_q = torch.cat([first, torch.tensor([batch * queries], device=q.device)])
-    lengths = {"q": cu_q.to(torch.int32), "k": cu_k.to(torch.int32)}
-    return {
-        **{f"cu_doc_lens_{name}": x for name, x in lengths.items()},
-        **{f"max_doc_len_{name}": int(x.diff().max()) for name, x in lengths.items()},
-    }
-
-
-def _check_padding(mask: Tensor, change: Tensor) -> None:
-    """:raises ValueError: if a row's tokens do not lie together."""
-    begins = mask[:, :1].sum(1) + (change & mask[:, 1:]).sum(1)
-    if bool((begins > 1).any()):
-        row = int((begins > 1).nonzero()[0])
-        raise ValueError(
-            f"attention_mask: the tokens of row {row} do not lie together. Documents in one row "
-            "are told by position_ids that restart."
-        )
+    if cu is None:
+        return segment_keywords(q.shape[1], k.shape[1], q.shape[0], mask, positions)
+    cu = torch.as_tensor(cu, dtype=torch.int32, device=q.device).flatten()
+    return {"cu_doc_lens": cu, "max_doc_len": int(cu.diff().max())}
