@@ -103,15 +103,15 @@ def test_bad_calls(name: str) -> None:
 
 def test_cumulative_lengths_of_collators() -> None:
     wanted = doc_lens_from_lengths([3, 0, 5], total=8)
-    for given in ([0, 3, 3, 8], torch.tensor([[0, 3, 3, 8]]), torch.tensor([0, 3, 3, 8]).int()):
-        found = doc_lens_from_cu_seqlens(given, total=8)
+    for lengths in ([0, 3, 3, 8], torch.tensor([[0, 3, 3, 8]]), torch.tensor([0, 3, 3, 8]).int()):
+        found = doc_lens_from_cu_seqlens(lengths, total=8)
         assert torch.equal(found.cu_doc_lens, wanted.cu_doc_lens)
         assert found.cu_doc_lens.dtype == torch.int32
         assert found.max_doc_len == 5
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("wrong", "message"),
     [
         ([0], r"must start at 0 and not decrease, got \[0\]"),
         ([1, 4], r"must start at 0"),
@@ -121,6 +121,6 @@ def test_cumulative_lengths_of_collators() -> None:
         ([[0, 4], [0, 4]], r"in one row, got shape \(2, 2\)"),
     ],
 )
-def test_bad_cumulative_lengths(given: list[int], message: str) -> None:
+def test_bad_cumulative_lengths(wrong: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        doc_lens_from_cu_seqlens(torch.tensor(given), total=8)
+        doc_lens_from_cu_seqlens(torch.tensor(wrong), total=8)
