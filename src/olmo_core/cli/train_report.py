@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from olmo_core.cli.tables import named
-from olmo_core.data import EOD, decode
 from olmo_core.data.documents import SUFFIXES
 from olmo_core.nn.transformer import generate
 from olmo_core.train.folder import METRICS, PLOT
@@ -124,17 +123,18 @@ def print_summary(
 
 def print_sample(trainer: Trainer, tokens: int, console: Console) -> None:
     """Text that the model makes from nothing."""
+    vocabulary = trainer.vocabulary
     steps = generate(
         trainer.model,
-        [[EOD]],
+        [[vocabulary.end]],
         max_new_tokens=tokens,
         temperature=0.8,
         top_p=0.95,
         seed=trainer.config.seed,
-        end_token=EOD,
+        end_token=vocabulary.end,
     )
     console.rule("a sample", align="left")
-    console.print(decode(token for (token,) in steps if token is not None))
+    console.print(vocabulary.decode(token for (token,) in steps if token is not None))
     console.rule()
 
 

@@ -12,15 +12,24 @@ from olmo_core.data.doc_lens import (
 from olmo_core.data.documents import DataError, data_files, load_documents, split_documents
 from olmo_core.data.packing import IGNORE_INDEX, PackedBatch, PackedDocuments
 from olmo_core.data.tokens import EOD, VOCAB_SIZE, decode, encode
+from olmo_core.data.vocabulary import (
+    ByteVocabulary,
+    TokenizerVocabulary,
+    Vocabulary,
+    load_vocabulary,
+)
 
 __all__ = [
     "EOD",
     "IGNORE_INDEX",
     "VOCAB_SIZE",
+    "ByteVocabulary",
     "DataError",
     "DocLens",
     "PackedBatch",
     "PackedDocuments",
+    "TokenizerVocabulary",
+    "Vocabulary",
     "data_files",
     "decode",
     "doc_lens_from_attention_mask",
@@ -30,5 +39,6 @@ __all__ = [
     "encode",
     "leftpad_from_attention_mask",
     "load_documents",
+    "load_vocabulary",
     "split_documents",
 ]

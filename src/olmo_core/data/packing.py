@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from olmo_core.data.doc_lens import DocLens, doc_lens_from_lengths
-from olmo_core.data.tokens import EOD
+from olmo_core.data.vocabulary import ByteVocabulary, Vocabulary
 
 IGNORE_INDEX = -100
 
@@ -40,18 +40,23 @@ class PackedBatch:
     """(B, T) int64."""
     doc_lens: DocLens
     """Documents over the flattened B * T, in a vector of the same size for every batch."""
+    num_bytes: int
+    """Of the text that the labels stand for."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         cu, longest = self.doc_lens
         return PackedBatch(
-            self.input_ids.to(device), self.labels.to(device), DocLens(cu.to(device), longest)
+            self.input_ids.to(device),
+            self.labels.to(device),
+            DocLens(cu.to(device), longest),
+            self.num_bytes,
         )
 
 
 class PackedDocuments:
     """All documents in one stream of tokens, cut into pieces, the pieces packed into rows of T.
 
-    A document longer than ``max_doc_len`` is cut into pieces of that length; every byte and every
+    A document longer than ``max_doc_len`` is cut into pieces of that length; every token and every
     document's end is predicted exactly once an epoch. Rows are filled by best fit, longest piece
     first (Ding et al., 2024, "Fewer truncations improve language modeling", arXiv:2404.10830);
     each epoch visits them in an order of its own.
@@ -60,6 +65,7 @@ class PackedDocuments:
     :param batch_size: B, rows of a batch.
     :param sequence_length: T, tokens of a row.
     :param max_doc_len: longest piece in tokens, at most T; ``None`` is T.
+    :param vocabulary: what the tokens are; bytes if not given.
     :param seed: of what shares a row, and of the order of rows.
     :raises ValueError: for no documents, or lengths below 1.
     """
@@ -72,6 +78,7 @@ class PackedDocuments:
         sequence_length: int,
         max_doc_len: int | None = None,
         seed: int = 0,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         max_doc_len = sequence_length if max_doc_len is None else max_doc_len
         for name, value in [
@@ -92,8 +99,9 @@ class PackedDocuments:
         self.sequence_length = sequence_length
         self.max_doc_len = max_doc_len
         self.seed = seed
-        self.stream = token_stream(documents)
-        self.rows = pack_rows(_pieces(documents, max_doc_len), sequence_length, seed)
+        self.vocabulary = ByteVocabulary() if vocabulary is None else vocabulary
+        self.stream, self.sizes, lengths = token_stream(documents, self.vocabulary)
+        self.rows = pack_rows(_pieces(lengths, max_doc_len), sequence_length, seed)
         self._cu_size = 1 + batch_size * max(len(self._lengths(row)) for row in [*self.rows, []])
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -137,29 +145,40 @@ class PackedDocuments:
 
     def _assemble(self, rows: list[list[Span]]) -> PackedBatch:
         shape = (len(rows), self.sequence_length)
-        input_ids = torch.full(shape, EOD, dtype=torch.int64)
+        input_ids = torch.full(shape, self.vocabulary.end, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+        num_bytes = 0
         for row, spans in enumerate(rows):
             at = 0
             for span in spans:
                 tokens = self.stream[span.start : span.start + span.length + 1]
                 input_ids[row, at : at + span.length] = tokens[:-1]
                 labels[row, at : at + span.length] = tokens[1:]
+                num_bytes += int(self.sizes[span.start + 1 : span.start + span.length + 1].sum())
                 at += span.length
         lengths = [length for spans in rows for length in self._lengths(spans)]
         cu, _ = doc_lens_from_lengths(lengths, total=input_ids.numel(), size=self._cu_size)
-        return PackedBatch(input_ids, labels, DocLens(cu, self.max_doc_len))
+        return PackedBatch(input_ids, labels, DocLens(cu, self.max_doc_len), num_bytes)
 
 
-def token_stream(documents: list[bytes]) -> Tensor:
-    """EOD, first document, EOD, second document, ..., EOD: int16, so that any pair of neighbours
-    is an input and its label."""
-    parts = [torch.tensor([EOD], dtype=torch.int16)]
+def token_stream(
+    documents: list[bytes], vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor, list[int]]:
+    """The end, first document, the end, second document, ..., the end: any pair of neighbours is an
+    input and its label.
+
+    :returns: the tokens, int16 or int32; the bytes that each stands for, int32; the number of
+        tokens of each document, without its end.
+    """
+    dtype = torch.int16 if vocabulary.size <= 2**15 else torch.int32
+    end, none = torch.tensor([vocabulary.end]), torch.tensor([0])
+    parts, sizes, lengths = [end], [none], []
     for document in documents:
-        if document:
-            parts.append(torch.frombuffer(bytearray(document), dtype=torch.uint8).to(torch.int16))
-        parts.append(parts[0])
-    return torch.cat(parts)
+        ids, n_bytes = vocabulary.encode(document)
+        lengths.append(ids.numel())
+        parts += [ids, end]
+        sizes += [n_bytes, none]
+    return torch.cat(parts).to(dtype), torch.cat(sizes).to(torch.int32), lengths
 
 
 def pack_rows(pieces: list[Span], capacity: int, seed: int) -> list[list[Span]]:
@@ -190,11 +209,11 @@ def pack_rows(pieces: list[Span], capacity: int, seed: int) -> list[list[Span]]:
     return rows
 
 
-def _pieces(documents: list[bytes], max_doc_len: int) -> list[Span]:
+def _pieces(lengths: list[int], max_doc_len: int) -> list[Span]:
     pieces = []
     start = 0
-    for document in documents:
-        end = start + len(document) + 1
+    for length in lengths:
+        end = start + length + 1
         pieces += [Span(at, min(max_doc_len, end - at)) for at in range(start, end, max_doc_len)]
         start = end
     return pieces

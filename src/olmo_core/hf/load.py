@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +13,7 @@ from olmo_core.config import DType
 from olmo_core.hf.config import Imported, PretrainedError, read_config
 from olmo_core.hf.folder import Folder
 from olmo_core.hf.gguf import GGUFFile, is_gguf
-from olmo_core.hf.rules import Rule, import_tensors, mixer_rules, rules_of, text_names
+from olmo_core.hf.rules import import_tensors, mixer_rules, rules_of, text_names
 from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.transformer import Transformer, TransformerConfig
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 class Source(Protocol):
     """Where weights come from: a folder or a GGUF file."""
 
+    path: Path
     config: dict[str, Any]
     """As ``config.json`` has it."""
 
@@ -72,14 +74,37 @@ def load_model(
         one error lists it all.
     """
     with open_source(path) as source:
-        imported = _read(source, dtype, ignore)
-        if not imported.family.whole:
-            raise PretrainedError(
-                f"{imported.family.architecture} is a mixture of experts, which this library does "
-                "not have: load_mixer(path, layer) gives its attention and delta net layers"
-            )
-        model = imported.config.build(init_device="meta")
-        state = _import(source, imported, rules_of(imported, model), model.state_dict())
+        return load_from(source, dtype=dtype, device=device, ignore=ignore)
+
+
+def load_from(
+    source: Source,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ignore: tuple[str, ...] = (),
+    check: Callable[[Transformer], None] = lambda model: None,
+) -> Transformer:
+    """:func:`load_model` from what is open already.
+
+    :param check: gets the model on ``meta``, before its weights are read.
+    """
+    imported = _read(source, dtype, ignore)
+    if not imported.family.whole:
+        raise PretrainedError(
+            f"{imported.family.architecture} is a mixture of experts, which this library does "
+            "not have: load_mixer(path, layer) gives its attention and delta net layers"
+        )
+    model = imported.config.build(init_device="meta")
+    check(model)
+    state = import_tensors(
+        rules_of(imported, model),
+        model.state_dict(),
+        source.names,
+        source.read,
+        family=imported.family,
+        tied=imported.config.tie_embeddings,
+    )
     model.load_state_dict(state, assign=True)
     return model.to(device).eval()
 
@@ -138,16 +163,3 @@ def _spread_dtype(config: TransformerConfig) -> None:
         norm = getattr(block.sequence_mixer, "qk_norm", None)
         if norm is not None and norm.dtype is None:
             norm.dtype = config.dtype
-
-
-def _import(
-    source: Source, imported: Imported, rules: list[Rule], wanted: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    return import_tensors(
-        rules,
-        wanted,
-        source.names,
-        source.read,
-        family=imported.family,
-        tied=imported.config.tie_embeddings,
-    )

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_core.data import EOD
+from olmo_core.data import EOD, DataError
+from olmo_core.data.vocabulary import read_tokenizer
 from olmo_core.hf.config import PretrainedError
 from olmo_core.hf.folder import CONFIG, read_json
 from olmo_core.hf.gguf import GGUFFile
@@ -174,14 +175,10 @@ def _byte_character(byte: int) -> str:
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
     """:raises PretrainedError: if the file or the package is missing, or is no tokenizer."""
-    tokenizers = _tokenizers()
-    if not path.is_file():
-        raise PretrainedError(f"{path} does not exist: give a {TOKENIZER}")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    # tokenizers raises bare Exceptions.
-    except Exception as error:
-        raise PretrainedError(f"{path} is no tokenizer: {error}") from error
+        return read_tokenizer(path)
+    except DataError as error:
+        raise PretrainedError(str(error)) from error
 
 
 def _from_folder(folder: Path) -> Tokenizer:

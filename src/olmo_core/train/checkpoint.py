@@ -112,6 +112,15 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
     :returns: the checkpoint, and what is wrong with each newer one that was passed over.
     :raises CheckpointError: if there is none.
     """
+    return _find(path, (MODEL, TRAINING))
+
+
+def find_weights(path: Path) -> tuple[Checkpoint, list[str]]:
+    """As :func:`find_checkpoint`, of the weights alone: the optimizer's file may be missing."""
+    return _find(path, (MODEL,))
+
+
+def _find(path: Path, files: tuple[str, ...]) -> tuple[Checkpoint, list[str]]:
     while True:
         if not path.is_dir():
             what = "is a file" if path.exists() else "does not exist"
@@ -122,7 +131,7 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
         problems: list[str] = []
         for folder in folders:
             try:
-                return _verify(folder), problems
+                return _verify(folder, files), problems
             except (OSError, ValueError, KeyError, RecursionError) as error:
                 if not folder.exists():
                     break  # a run that goes on beside this process has removed it: look again
@@ -132,12 +141,12 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
 
 
 def load_model(path: Path) -> tuple[Checkpoint, dict[str, Tensor], list[str]]:
-    """As :func:`find_checkpoint`, with the weights, also beside a run that goes on.
+    """As :func:`find_weights`, with the weights, also beside a run that goes on.
 
     :raises CheckpointError: as there, and for weights that are not finite.
     """
     while True:
-        checkpoint, problems = find_checkpoint(path)
+        checkpoint, problems = find_weights(path)
         try:
             return checkpoint, checkpoint.model(), problems
         except OSError:
@@ -192,7 +201,7 @@ def _step(folder: Path) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _verify(folder: Path) -> Checkpoint:
+def _verify(folder: Path, files: tuple[str, ...]) -> Checkpoint:
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if not isinstance(state, dict):
         raise ValueError(f"{STATE} is a {type(state).__name__}, not an object")
@@ -202,8 +211,8 @@ def _verify(folder: Path) -> Checkpoint:
         raise ValueError(f"{STATE} is not as it was written (its sha256 differs)")
     if _step(folder) not in (state["step"], None):
         raise ValueError(f"it is of step {state['step']}")
-    for name, expected in state["files"].items():
-        if digest(folder / name) != expected:
+    for name in files:
+        if digest(folder / name) != state["files"][name]:
             raise ValueError(f"{name} is not as it was written (its sha256 differs)")
     return Checkpoint(folder, state["step"], state["config"], state["extra"])
 

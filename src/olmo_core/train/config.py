@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from olmo_core.config import Config, DType
-from olmo_core.data import VOCAB_SIZE
+from olmo_core.data import VOCAB_SIZE, load_vocabulary
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.memory import expect_room
 from olmo_core.nn.transformer import TransformerConfig
@@ -26,6 +26,8 @@ class DataConfig(Config):
     """Rows of a batch."""
     max_doc_len: int | None = None
     """Longer documents are cut into pieces of this many tokens; ``None`` is a row's length."""
+    tokenizer: str | None = None
+    """A ``tokenizer.json``, whose tokens the model learns; ``None`` is bytes."""
     held_out: float = 0.05
     """The share of the text, in whole documents, that is not trained on."""
 
@@ -90,10 +92,17 @@ class TrainConfig(Config):
         self.model.layer_blocks()
 
     def _expect_vocabulary(self) -> None:
-        if self.model.vocab_size != VOCAB_SIZE:
+        if self.data.tokenizer is None and self.model.vocab_size != VOCAB_SIZE:
             raise OLMoConfigurationError(
                 f"model.vocab_size must be {VOCAB_SIZE}, the 256 bytes and the token that ends a "
                 f"document, got {self.model.vocab_size}"
+            )
+        needed = load_vocabulary(self.data.tokenizer).size
+        if self.model.vocab_size < needed:
+            raise OLMoConfigurationError(
+                f"model.vocab_size must be at least {needed}, the tokens of "
+                f"{self.data.tokenizer} and the one that ends a document, got "
+                f"{self.model.vocab_size}"
             )
 
     def _check_data(self) -> None:

@@ -21,9 +21,10 @@ from olmo_core.train.metrics import Metrics, Row
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
+TOKENIZER = "tokenizer.json"
 # A process that died before its first checkpoint leaves these: nothing that anyone would miss.
 _TRACES = (LOCK, ".probe", ".writing-step-*", f".{METRICS}")
-_KEPT = ("step-*", "damaged-step-*", ".old-step-*", METRICS, PLOT)
+_KEPT = ("step-*", "damaged-step-*", ".old-step-*", METRICS, PLOT, TOKENIZER)
 
 
 class RunFolder:
@@ -101,6 +102,12 @@ class RunFolder:
         assert self.metrics is not None
         with _named(self.metrics.path):
             self.metrics.append(rows)
+
+    def keep_tokenizer(self, path: Path) -> None:
+        """Copy the tokenizer's file, so that the folder alone says what its tokens are."""
+        with _named(self.path / TOKENIZER):
+            if path.resolve() != (self.path / TOKENIZER).resolve():
+                shutil.copyfile(path, self.path / TOKENIZER)
 
     def save(self, step: int, **content: Any) -> Path:
         """See :func:`~olmo_core.train.checkpoint.save_checkpoint`."""

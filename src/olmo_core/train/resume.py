@@ -51,8 +51,8 @@ def expect_same_texts(checkpoint: Checkpoint, digests: Mapping[str, str], path: 
     if changed:
         raise CheckpointError(
             f"{checkpoint.folder} was trained on other text than {path or 'the embedded corpus'} "
-            f"holds now ({' and '.join(changed)} changed): put the data back, or start a new run "
-            "in another folder"
+            f"holds now, or with another tokenizer ({' and '.join(changed)} changed): put the data "
+            "back, or start a new run in another folder"
         )
 
 

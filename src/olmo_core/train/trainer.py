@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from olmo_core.data import (
-    EOD,
     PackedBatch,
     PackedDocuments,
     data_files,
     load_documents,
+    load_vocabulary,
     split_documents,
 )
 from olmo_core.memory import ran_out_of_memory
@@ -115,6 +115,8 @@ class Trainer:
         """
         with self.folder.held(), _deterministic(self.device), _named_failures(self.config):
             self.folder.begin(self.step, overwrite=self.overwrite)
+            if self.config.data.tokenizer is not None:
+                self.folder.keep_tokenizer(Path(self.config.data.tokenizer))
             if self.step == 0:
                 self._save()
             self._train(observer)
@@ -122,11 +124,13 @@ class Trainer:
 
     def _load_data(self) -> None:
         data = self.config.data
+        self.vocabulary = load_vocabulary(data.tokenizer)
         train, held_out = split_documents(load_documents(data.path), data.held_out)
         self.data = self._pack(train)
         self.held_out = self._pack(held_out)
-        self.digests = dict(zip(TEXTS, (_digest(train), _digest(held_out)), strict=True))
-        self.bigram = Bigram(self.data.stream)
+        digests = (_digest(texts, self.vocabulary.digest) for texts in (train, held_out))
+        self.digests = dict(zip(TEXTS, digests, strict=True))
+        self.bigram = Bigram(self.data.stream, self.vocabulary.size)
 
     def _init_weights(self) -> None:
         seed_all(self.config.seed)
@@ -178,7 +182,7 @@ class Trainer:
         nats, n_bytes = 0.0, 0
         for batch in self.held_out.one_epoch(batches):
             nats += float(self._loss(batch.to(self.device), "sum"))
-            n_bytes += int(((batch.labels >= 0) & (batch.labels != EOD)).sum())
+            n_bytes += batch.num_bytes
         self.model.train()
         return bits_per_byte(nats, n_bytes)
 
@@ -231,6 +235,7 @@ class Trainer:
             sequence_length=data.sequence_length,
             max_doc_len=data.max_doc_len,
             seed=self.config.seed,
+            vocabulary=self.vocabulary,
         )
 
     def _expect_finite(self, rows: Iterable[Row]) -> None:
@@ -298,8 +303,8 @@ def _adamw(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def _digest(documents: list[bytes]) -> str:
-    digest = hashlib.sha256()
+def _digest(documents: list[bytes], vocabulary: str) -> str:
+    digest = hashlib.sha256(vocabulary.encode())
     for document in documents:
         digest.update(len(document).to_bytes(8, "little") + document)
     return digest.hexdigest()

@@ -5,7 +5,7 @@ B: prompts, T: tokens so far (left padding included), V: vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
-    end_token: int | None = None,
+    end_token: int | Collection[int] | None = None,
     use_cache: bool = True,
 ) -> Iterator[list[int | None]]:
     """Continue prompts together, token by token.
@@ -40,14 +40,15 @@ def generate(
     :param top_p: sample from the fewest tokens whose probabilities sum to at least this
         (nucleus sampling, Holtzman et al., 2020, arXiv:1904.09751).
     :param seed: each prompt draws from a generator of its own, seeded ``seed + its index``.
-    :param end_token: a row that draws it is finished.
+    :param end_token: a row that draws it, or one of several, is finished.
     :param use_cache: ``False`` runs the whole sequence for each token: slow, for comparison.
     :returns: for each step the new token of each prompt, ``None`` once it is finished.
     :raises ValueError: for no prompt, an empty prompt, or options out of range.
     :raises OLMoError: in a step whose logits are not finite.
     """
     check_request(prompts, max_new_tokens, temperature, top_p, seed)
-    return _steps(model, prompts, max_new_tokens, temperature, top_p, seed, end_token, use_cache)
+    ends = frozenset([end_token] if isinstance(end_token, int) else end_token or ())
+    return _steps(model, prompts, max_new_tokens, temperature, top_p, seed, ends, use_cache)
 
 
 def _steps(
@@ -57,7 +58,7 @@ def _steps(
     temperature: float,
     top_p: float,
     seed: int,
-    end_token: int | None,
+    ends: frozenset[int],
     use_cache: bool,
 ) -> Iterator[list[int | None]]:
     device = model.device
@@ -84,9 +85,7 @@ def _steps(
                 None if done else token
                 for done, token in zip(finished, chosen.tolist(), strict=True)
             ]
-            finished = [
-                done or token == end_token for done, token in zip(finished, out, strict=True)
-            ]
+            finished = [done or token in ends for done, token in zip(finished, out, strict=True)]
             yield out
             if all(finished):
                 return
