@@ -126,6 +126,8 @@ def _find(path: Path, files: tuple[str, ...]) -> tuple[Checkpoint, list[str]]:
             what = "is a file" if path.exists() else "does not exist"
             raise CheckpointError(f"{path} {what}: give a folder that `olmo-core train` wrote")
         folders = [path] if (path / STATE).is_file() else checkpoint_folders(path)[::-1]
+        # A second look: the first may have seen one that has gone since, and missed its successor.
+        folders = folders or checkpoint_folders(path)[::-1]
         if not folders:
             raise CheckpointError(f"{path} holds no checkpoint (no folder named step-*)")
         problems: list[str] = []

@@ -22,7 +22,6 @@ CONFIGS = json.loads((RECORDED / "configs.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", CONFIGS["models"])
-@pytest.mark.filterwarnings("ignore:The window pattern")
 def test_a_recorded_model_computes_the_same(name: str) -> None:
     tensors = load_file(RECORDED / "weights.safetensors")
     weights = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(name)}
