@@ -298,6 +298,6 @@ def test_a_cache_built_by_hand_must_fit() -> None:
             "head_v_dim": 8, **sizes,
         }  # fmt: skip
         layer.kv_cache_manager = RecurrentCache(2, 8, dtype=torch.float64, **sizes)
-        with pytest.raises(ValueError, match="built for 48 channels"):
+        with pytest.raises(ValueError, match="built for a state"):
             layer(tokens()[:, :1])
         assert cache_of(layer).host_seqlen == 0

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmo_core.nn.attention.decoding.cache import DecodingCache
-from olmo_core.utils import runs_eagerly
 
 __all__ = ["RecurrentCache", "replay"]
 
@@ -95,27 +94,17 @@ class RecurrentCache(DecodingCache):
         """Keys, updates and log decays of the last M tokens, oldest first; nothing if M is 0."""
         return tuple(getattr(self, name) for name in self.recent_names)
 
-    def check_call(self, conv_inputs: Tensor, k: Tensor, v: Tensor) -> None:
-        """Refuse new tokens that this cache can't hold.
-
-        :param conv_inputs: (B, T, channels).
-        :param k: (B, T, H, K).
-        :param v: (B, T, HV, V).
-        :raises ValueError: If they do not fit the cache.
-        :raises RuntimeError: If it would overflow.
+    def check_fits(self, k: Tensor, v: Tensor) -> None:
+        """:raises ValueError: If the cache was built for other heads than k (B, T, H, K) and v
+        (B, T, HV, V) have.
         """
-        batch, _, channels = self.conv_inputs.shape
-        state = (batch, v.shape[2], k.shape[3], v.shape[3])
-        fits = self.state.shape == state and conv_inputs.shape[::2] == (batch, channels)
-        if not fits or self.state.device != v.device:
+        state, expected = self.state.shape, (v.shape[2], k.shape[3], v.shape[3])
+        if state[1:] != expected:
             raise ValueError(
-                f"The decoding cache was built for {channels} channels of convolutions and a state "
-                f"(batch, value heads, key_dim, value_dim) of {tuple(self.state.shape)} on "
-                f"{self.state.device}, and the layer has {conv_inputs.shape[2]} channels and "
-                f"{state} on {v.device}. Build it with init_kv_cache_manager."
+                "The decoding cache was built for a state (value heads, key_dim, value_dim) of "
+                f"{tuple(state[1:])}, and the layer has {expected}. Build it with "
+                "init_kv_cache_manager."
             )
-        if runs_eagerly(v.device):
-            self.check_room(v.shape[1])
 
     def replace(self, new: Mapping[str, Tensor]) -> None:
         """Write new values, all of them computed before, into the buffers of these names."""

@@ -42,12 +42,13 @@ def advance(
         :func:`.gated_delta_rule`.
     :param leftpad: The left padding that comes with first tokens, (B,) int32.
     """
-    cache.check_call(conv_inputs, k, v)
+    cache.check_fits(k, v)
     tokens, most = q.shape[1], cache.max_rollback
     stepped = 1 if tokens == 1 else min(tokens, most)
     head = tokens - stepped
     new = {"conv_inputs": _shifted(cache.conv_inputs, conv_inputs)}
-    state, recent = cache.state, cache.recent
+    state = cache.state
+    recent = cache.recent if most else ()
     outs: list[Tensor] = []
     if head:
         rule = choose_rule(q, v).run
@@ -70,7 +71,7 @@ def advance(
         # What falls out of the last M goes to the base state.
         new["base_state"] = replay(base, *(x[:, :-most] for x in joined))
         new |= {n: x[:, -most:] for n, x in zip(cache.recent_names, joined, strict=True)}
-    if state is not cache.state:
+    if head or most:
         new["state"] = state
     out = torch.cat(outs, 1) if len(outs) > 1 else outs[0]
     cache.replace(new)

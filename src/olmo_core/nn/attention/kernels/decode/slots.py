@@ -35,8 +35,9 @@ def store(
     n = k.shape[1]
     skipped = max(0, n - slots)
     k, v = (x[:, skipped:].to(k_cache.dtype) for x in (k, v))
-    index = torch.arange(skipped, n, device=k.device, dtype=torch.int32)
-    position = seqlen + index
+    position = seqlen.view(1)
+    if n > 1:
+        position = seqlen + torch.arange(skipped, n, device=k.device, dtype=torch.int32)
     if leftpad is None:
         slot = (position % slots if is_ring else position).long()
         k_cache.index_copy_(1, slot, k)
