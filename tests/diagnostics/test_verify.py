@@ -80,7 +80,7 @@ def test_the_gated_delta_net_keeps_the_promise() -> None:
 
 def test_a_forgetful_convolution_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents that are ignored by a part of the layer alone."""
-    from olmo_core.nn.attention.recurrent import GatedDeltaNet
+    from olmo_core.nn.attention.gated_delta_net import GatedDeltaNet
 
     forward = GatedDeltaNet.forward
 

@@ -34,7 +34,7 @@ from olmo_core.nn.rope import (
 )
 
 if TYPE_CHECKING:
-    from olmo_core.nn.attention.recurrent import GatedDeltaNetConfig
+    from olmo_core.nn.attention.gated_delta_net import GatedDeltaNetConfig
 
 __all__ = ["MIXERS", "N_HEADS", "Mixer"]
 
@@ -104,7 +104,7 @@ def _softmax(
 
 
 def _gated_delta_net(head_dim: int, /, **options: Any) -> SequenceMixerConfig[Any]:
-    from olmo_core.nn.attention.recurrent import GatedDeltaNetConfig
+    from olmo_core.nn.attention.gated_delta_net import GatedDeltaNetConfig
 
     return GatedDeltaNetConfig(head_dim=head_dim, **options)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from olmo_core.diagnostics.reference import Params, positions
 
 if TYPE_CHECKING:
-    from olmo_core.nn.attention.recurrent import GatedDeltaNetConfig
+    from olmo_core.nn.attention.gated_delta_net import GatedDeltaNetConfig
 
 __all__ = ["gated_delta_net_layer"]
 

@@ -22,7 +22,7 @@ from olmo_core.hf.families import (
 )
 from olmo_core.hf.layouts import SAME, Layout, Rows, ZeroCentred
 from olmo_core.nn.attention import AttentionConfig, GatedDeltaNetConfig
-from olmo_core.nn.attention.recurrent_sizes import GatedDeltaNetSizes
+from olmo_core.nn.attention.gated_delta_net.sizes import GatedDeltaNetSizes
 from olmo_core.nn.transformer import TransformerBlockConfig
 
 MOST_LISTED = 12

@@ -18,7 +18,7 @@ from olmo_core.nn.attention.config import (
     GateGranularity,
     SlidingWindowAttentionConfig,
 )
-from olmo_core.nn.attention.recurrent import GatedDeltaNet, GatedDeltaNetConfig
+from olmo_core.nn.attention.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from olmo_core.nn.attention.ring import (
     BalancedLoadBalancer,
     RingAttentionLlama3LoadBalancer,

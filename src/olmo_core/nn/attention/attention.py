@@ -18,7 +18,7 @@ from olmo_core.nn.attention.backend import AttentionBackendName
 from olmo_core.nn.attention.gate import GateConfig, apply_gate
 from olmo_core.nn.attention.inputs import Call
 from olmo_core.nn.attention.qk import normalize_and_rotate, rotate_packed
-from olmo_core.nn.attention.softmax import AttentionShape, SoftmaxAttention
+from olmo_core.nn.attention.softmax_attention import AttentionShape, SoftmaxAttention
 from olmo_core.nn.functional import l2_normalize
 from olmo_core.nn.layer_norm import LayerNorm, LayerNormConfig
 from olmo_core.nn.rope import RoPEConfig, RoPEType

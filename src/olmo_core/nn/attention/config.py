@@ -12,7 +12,7 @@ from olmo_core.nn.attention.attention import Attention, FusedAttention, Normaliz
 from olmo_core.nn.attention.backend import AttentionBackendName
 from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
 from olmo_core.nn.attention.gate import GateConfig, GateGranularity
-from olmo_core.nn.attention.softmax import AttentionShape
+from olmo_core.nn.attention.softmax_attention import AttentionShape
 from olmo_core.nn.layer_norm import LayerNormConfig
 from olmo_core.nn.rope import RoPEConfig
 

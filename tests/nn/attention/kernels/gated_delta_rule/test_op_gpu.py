@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.gated_delta_net import GatedDeltaNet
 from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
 from olmo_core.nn.attention.kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from olmo_core.nn.attention.recurrent import GatedDeltaNet
 
 pytestmark = pytest.mark.gpu
 

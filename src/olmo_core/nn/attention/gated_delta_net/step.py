@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.decoding.recurrent_cache import RecurrentCache, replay
+from olmo_core.nn.attention.gated_delta_net.cache import RecurrentCache, replay
 from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule_step_, normalize
 
 __all__ = ["advance"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olmo_core.nn.attention.recurrent import GatedDeltaNet
+from olmo_core.nn.attention.gated_delta_net import GatedDeltaNet
 
 pytest.importorskip("transformers")
 

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from olmo_core.config import DType
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.base import SequenceMixerConfig
+from olmo_core.nn.attention.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from olmo_core.nn.attention.kernels.gated_delta_rule import rules
 from olmo_core.nn.attention.kernels.gated_delta_rule.reference import gated_delta_rule_reference
-from olmo_core.nn.attention.recurrent import GatedDeltaNet, GatedDeltaNetConfig
 from olmo_core.nn.init import InitMethod
 
 D_MODEL = 24

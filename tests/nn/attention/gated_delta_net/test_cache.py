@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from olmo_core.nn.attention.decoding.recurrent_cache import RecurrentCache, replay
-from olmo_core.nn.attention.recurrent import GatedDeltaNet
+from olmo_core.nn.attention.gated_delta_net import GatedDeltaNet
+from olmo_core.nn.attention.gated_delta_net.cache import RecurrentCache, replay
 
 D_MODEL = 16
 TOKENS = 50
