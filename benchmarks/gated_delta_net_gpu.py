@@ -96,7 +96,7 @@ def lengths() -> Tensor:
 
 def layer(compiled: bool = False, documents: bool = False, **options: Any) -> dict[str, float]:
     module = build(**options)
-    call = functools.partial(module, cu_doc_lens=lengths()) if documents else module
+    call: Any = functools.partial(module, cu_doc_lens=lengths()) if documents else module
     if compiled:
         call = torch.compile(call, fullgraph=True)
     return step(call, module, graph=not compiled and not documents)

@@ -188,6 +188,7 @@ def launch_forward(
         w, scores, updates = (q.new_empty(N, R, C, width) for width in (K, C, V))
         states = inverses = None
     else:
+        assert saved.erasers is not None and saved.scores is not None
         w, scores, updates = saved.erasers, saved.scores, saved.updates
         states, inverses = saved.states, saved.inverses
     programs = triton.cdiv(V, NARROWEST) * R
