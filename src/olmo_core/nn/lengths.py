@@ -144,8 +144,8 @@ def document_positions(cu: Tensor, total: int) -> Tensor:
     Runs on ``cu``'s device and reads nothing on the host.
     """
     index = torch.arange(total, device=cu.device, dtype=cu.dtype)
-    document = torch.searchsorted(cu[1:], index, right=True)  # how many ended before
-    return index - cu[document]
+    ends = cu[1:].contiguous()
+    return index - cu[torch.searchsorted(ends, index, right=True)]  # by how many ended before
 
 
 def leftpad_to_cu_doc_lens(leftpad: Tensor, seq_len: int) -> Tensor:

@@ -164,6 +164,8 @@ class GatedDeltaNet(SequenceMixer):
             **keywords,
         )
         padding = call.padding
+        if cu_doc_lens is not None:
+            cu_doc_lens = call.segments.cu_q
         if padding is not None:
             x = x.masked_fill(padding.unsqueeze(-1), 0)
         linears = (self.w_q, self.w_k, self.w_v, self.w_a, self.w_b, self.w_g)
