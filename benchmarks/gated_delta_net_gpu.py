@@ -8,7 +8,6 @@ copy.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -42,8 +41,7 @@ def build(**options: Any) -> nn.Module:
 @contextmanager
 def plain() -> Iterator[None]:
     """Inside, everything around the rule is computed in plain torch."""
-    from olmo_core.nn import convolution
-    from olmo_core.nn.attention import recurrent
+    from olmo_core.nn.attention.gated_delta_net import layer as module
     from olmo_core.nn.attention.kernels.convolution import op
     from olmo_core.nn.attention.kernels.gates import op as gates
 
@@ -55,11 +53,10 @@ def plain() -> Iterator[None]:
             (op, "ROWS", op.ROWS[-1:]),
             (gates, "GATES", gates.GATES[-1:]),
             (gates, "GATED_NORM", gates.GATED_NORM[-1:]),
-            (recurrent, "convolve_together", one_by_one),
-            (recurrent, "project", lambda linears, x: [w(x) for w in linears]),
+            (module, "convolve_together", one_by_one),
+            (module, "project", lambda linears, x: [w(x) for w in linears]),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        assert convolution
         yield
 
 
@@ -96,7 +93,13 @@ def lengths() -> Tensor:
 
 def layer(compiled: bool = False, documents: bool = False, **options: Any) -> dict[str, float]:
     module = build(**options)
+<<<<<<< HEAD
     call: Any = functools.partial(module, cu_doc_lens=lengths()) if documents else module
+=======
+    call: Callable[..., Tensor] = module
+    if documents:
+        call = partial(module, cu_doc_lens=lengths())
+>>>>>>> gdn
     if compiled:
         call = torch.compile(call, fullgraph=True)
     return step(call, module, graph=not compiled and not documents)
@@ -105,6 +108,64 @@ def layer(compiled: bool = False, documents: bool = False, **options: Any) -> di
 def before() -> dict[str, float]:
     with plain():
         return layer()
+
+
+def rule(batch: int, tokens: int, heads: int, value_heads: int, K: int, V: int) -> dict[str, float]:
+    """The rule alone."""
+    from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule
+
+    def inputs() -> list[Tensor]:
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(batch, tokens, *shape, device="cuda")
+
+        halves = [randn(heads, K), randn(heads, K), randn(value_heads, V)]
+        gates = [-0.2 * randn(value_heads).abs(), 2 * randn(value_heads).sigmoid()]
+        return [x.requires_grad_() for x in (*(x.to(DTYPE) for x in halves), *gates)]
+
+    sets = [inputs() for _ in range(2)]
+    dout = torch.randn(batch, tokens, value_heads, V, device="cuda", dtype=DTYPE)
+
+    def forward(args: list[Tensor]) -> None:
+        with torch.no_grad():
+            gated_delta_rule(*args, normalize_qk=True)
+
+    def both(args: list[Tensor]) -> None:
+        torch.autograd.grad(gated_delta_rule(*args, normalize_qk=True)[0], args, dout)
+
+    calls = {"fwd_ms": forward, "fb_ms": both}
+    return {
+        name: round(median_ms([partial(call, args) for args in sets]), 3)
+        for name, call in calls.items()
+    }
+
+
+def decoding(batch: int = 32) -> dict[str, float]:
+    """A token of the rule, and of the whole layer, each replayed as a CUDA graph."""
+    from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule_step_
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(batch, 16, *shape, device="cuda")
+
+    qkv = [randn(n).to(DTYPE) for n in (128, 128, 256)]
+    gates = [-randn().abs(), randn().sigmoid()]
+    steps = []
+    for _ in range(3):
+        state = randn(128, 256)
+        call = partial(gated_delta_rule_step_, *qkv, *gates, state, normalize_qk=True)
+        steps.append(captured(call))
+    size = 2 * 4 * batch * 16 * 128 * 256
+    rule_ms = median_ms(steps)
+    module = build()
+    module.init_kv_cache_manager(batch, 4096)
+    x = torch.randn(batch, 1, D_MODEL, device="cuda", dtype=DTYPE)
+    with torch.no_grad():
+        module(x)
+        layer_ms = median_ms([captured(partial(module, x))])
+    return {
+        "rule_ms": round(rule_ms, 4),
+        "rule_tbs": round(size / rule_ms / 1e9, 3),
+        "layer_ms": round(layer_ms, 4),
+    }
 
 
 def profile(top: int = 40) -> str:
@@ -150,6 +211,10 @@ def main() -> None:
         "layer, compiled": partial(layer, compiled=True),
         "layer, 32 value heads of 128": partial(layer, n_v_heads=32, expand_v=1.0),
         "plain": before,
+        "rule": partial(rule, BATCH, TOKENS, 16, 16, 128, 256),
+        "rule, B8 T2048 128/128": partial(rule, 8, 2048, 16, 16, 128, 128),
+        "rule, 16 and 32 heads of 128": partial(rule, BATCH, TOKENS, 16, 32, 128, 128),
+        "decoding, batch 32": decoding,
         "profile": profile,
     }
     chosen = sys.argv[1:] or list(sections)

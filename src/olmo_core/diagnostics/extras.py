@@ -90,6 +90,35 @@ def _gated_delta_rule(device: torch.device) -> tuple[str, str]:
     return "", "" if error < 1e-2 else f"its result is off by {error:.1e}"
 
 
+def _convolution(device: torch.device) -> tuple[str, str]:
+    from olmo_core.nn.attention.kernels.convolution import ROWS, Stream
+
+    streams = [Stream(*(torch.randn(s, device=device) for s in ((2, 50, 64), (64, 1, 4))))]
+    if reason := ROWS[0].refusal(streams):
+        return "", reason
+    dy = torch.randn(2, 50, 64, device=device)
+    answers = []
+    for row in (ROWS[0], ROWS[-1]):
+        dx, dweight, *_ = row.run.backward([dy], streams, None, True)
+        answers.append(torch.cat([*row.run.forward(streams, None, True)[0], *dx[0]]))
+        answers[-1] = torch.cat([answers[-1].flatten(), dweight[0].flatten()])
+    return "", _off((answers[0] - answers[1]).abs().max().item())
+
+
+def _gates(device: torch.device) -> tuple[str, str]:
+    from olmo_core.nn.attention.kernels.gates import GATED_NORM
+
+    leaves = [torch.randn(s, device=device).requires_grad_() for s in ((50, 64), (50, 64), (64,))]
+    if reason := GATED_NORM[0].refusal(*leaves, 1e-5):
+        return "", reason
+    answers = []
+    for row in (GATED_NORM[0], GATED_NORM[-1]):
+        out = row.run(*leaves, 1e-5)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        answers.append(torch.cat([x.flatten() for x in (out, *grads)]))
+    return "", _off((answers[0] - answers[1]).abs().max().item())
+
+
 def _off(error: float) -> str:
     return "" if error < 1e-4 else f"its result is off by {error:.1e}"
 
@@ -126,10 +155,12 @@ def _transformers(device: torch.device) -> tuple[str, str]:
 _NOTHING = "nothing to do: torch's form computes the same"
 
 EXTRAS: dict[str, tuple[str, Probe, str]] = {
-    "triton": ("compiles the next three", _triton, "use a machine with a GPU, and torch for CUDA"),
+    "triton": ("compiles the next five", _triton, "use a machine with a GPU, and torch for CUDA"),
     "rope_qk_norm": ("qk-norm and RoPE in one pass", _rope_qk_norm, _NOTHING),
     "decode": ("decoding over split keys", _decode, _NOTHING),
     "gated_delta_rule": ("gated delta net, on Hopper", _gated_delta_rule, _NOTHING),
+    "convolution": ("gated delta net's convolution in one pass", _convolution, _NOTHING),
+    "gates": ("gates and gated norms in one pass", _gates, _NOTHING),
     "fla": ("gated delta net, elsewhere", _fla, _NOTHING),
     "matplotlib": ("plots of train and bench", _matplotlib, 'pip install "olmo-attention[plot]"'),
     "transformers": ("Hugging Face checkpoints", _transformers, 'pip install "olmo-attention[hf]"'),

@@ -166,3 +166,39 @@ def test_the_choice_has_a_reason(table: str) -> None:
 def test_one_dtype_for_a_sigmoid_gate() -> None:
     x = torch.ones(1, 1, 1)
     assert "one dtype" in str(choose(gates.SIGMOID_GATE, x, x.half(), False))
+
+
+@pytest.mark.gpu
+def test_other_lengths_and_batches_compile_nothing_anew() -> None:
+    from olmo_core.nn.attention.gated_delta_net import GatedDeltaNet
+    from olmo_core.nn.attention.kernels.convolution import triton_walk
+    from olmo_core.nn.attention.kernels.gated_delta_rule import (
+        triton_backward,
+        triton_forward,
+        triton_shared,
+    )
+    from olmo_core.nn.attention.kernels.gates import triton_gates
+
+    modules = (triton_walk, triton_backward, triton_forward, triton_shared, triton_gates)
+    kernels = {f for m in modules for f in vars(m).values() if hasattr(f, "device_caches")}
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for f in kernels for cache in f.device_caches.values())
+
+    layer = GatedDeltaNet(
+        d_model=128, n_heads=2, dtype=torch.bfloat16, conv_bias=True, init_device="cuda"
+    )
+
+    def run(batch: int, tokens: int, ends: list[int] | None) -> None:
+        x = torch.randn(batch, tokens, 128, device="cuda", dtype=torch.bfloat16)
+        cu = None if ends is None else torch.tensor(ends, device="cuda", dtype=torch.int32)
+        layer(x.requires_grad_(), cu).sum().backward()
+
+    run(1, 100, None)
+    run(2, 100, [0, 30, 200])
+    before = compiled()
+    assert before > 8
+    for batch, tokens in ((1, 1), (2, 333), (3, 64), (1, 1000)):
+        run(batch, tokens, None)
+        run(batch, tokens, [0, 0, batch * tokens // 2, batch * tokens])
+    assert compiled() == before

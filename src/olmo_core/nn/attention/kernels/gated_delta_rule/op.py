@@ -27,12 +27,12 @@ from olmo_core.nn.dispatch import (
 )
 from olmo_core.nn.lengths import check_cu_doc_lens
 
-from .chunks import QK_NORM_EPS, ChunkGrid, accumulation_dtype
+from .chunks import ChunkGrid, accumulation_dtype
 from .torch_backward import chunked_backward
 from .torch_forward import Saved, chunked_forward
 from .triton_rule import saved_like, triton_backward, triton_forward, unsupported
 
-__all__ = ["gated_delta_rule", "gated_delta_rule_step_", "normalize"]
+__all__ = ["FORMS", "gated_delta_rule"]
 
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 _CALL: dict[str, Callable[..., Any]] = {}
@@ -103,55 +103,6 @@ def gated_delta_rule(
         q, k, v, g, beta, initial_state, cu_doc_lens, scale, normalize_qk, save
     )
     return (out if cu_doc_lens is None else out.view(batch, tokens, *out.shape[2:])), state
-
-
-@torch.no_grad()
-def gated_delta_rule_step_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    *,
-    scale: float | None = None,
-    normalize_qk: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """One token of :func:`gated_delta_rule`, for decoding: ``state`` is updated in place.
-
-    Compiles, and replays in a CUDA graph. Not differentiable.
-
-    :param q: (B, H, K).
-    :param k: Like ``q``.
-    :param v: (B, HV, V).
-    :param g: (B, HV).
-    :param beta: (B, HV).
-    :param state: (B, HV, K, V), float32, or float64 for float64 inputs.
-    :returns: The output (B, HV, V) in v's dtype, and what was written along k: (B, HV, V) in the
-        state's dtype.
-    """
-    batch, key_heads, key_dim = q.shape
-    value_heads = v.shape[1]
-    dtype = state.dtype
-    qk = torch.stack((q, k), -2).to(dtype)  # (B, H, 2, K)
-    if normalize_qk:
-        qk = normalize(qk)
-    qk = qk.unsqueeze(2).expand(-1, -1, value_heads // key_heads, -1, -1).flatten(1, 2)
-    decay = g.to(dtype).exp().view(batch, value_heads, 1, 1)
-    with torch.autocast(state.device.type, enabled=False):
-        read = (qk @ state) * decay  # (B, HV, 2, V): both reads of the decayed state in one pass
-    update = beta.to(dtype).unsqueeze(-1) * (v.to(dtype) - read[:, :, 1])
-    # q reads the new state: the decayed one plus outer(k, update).
-    query, key = qk.unbind(2)
-    out = read[:, :, 0] + (query * key).sum(-1, keepdim=True) * update
-    out = (out * (key_dim**-0.5 if scale is None else scale)).to(v.dtype)
-    state.mul_(decay).addcmul_(key.unsqueeze(-1), update.unsqueeze(-2))  # last: nothing may fail
-    return out, update
-
-
-def normalize(x: Tensor) -> Tensor:
-    """x / sqrt(sum(x**2) + 1e-6) over the last dimension: what ``normalize_qk`` does."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + QK_NORM_EPS)
 
 
 def _check_inputs(

@@ -184,9 +184,9 @@ def launch_forward(
     wide = sizes["K_PAD"] > 128
     warps = 8 if wide else 4
     common = (grid.padding, R)
+    states = inverses = None
     if saved is None:
         w, scores, updates = (q.new_empty(N, R, C, width) for width in (K, C, V))
-        states = inverses = None
     else:
         assert saved.erasers is not None and saved.scores is not None
         w, scores, updates = saved.erasers, saved.scores, saved.updates

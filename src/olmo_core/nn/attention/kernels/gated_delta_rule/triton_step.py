@@ -1,0 +1,73 @@
+"""One token of the gated delta rule in Triton: the state is read and written once.
+
+A program has a block of values of one value head. There is no matrix product, so that this runs on
+any GPU.
+"""
+
+# mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .chunks import QK_NORM_EPS
+
+__all__ = ["launch_step"]
+
+_BLOCK_V = 32  # 128 bytes of float32
+
+
+@triton.jit
+def _step(
+    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, state_ptr, out_ptr, update_ptr, scale, eps,
+    q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h,
+    g_stride_b, g_stride_h, beta_stride_b, beta_stride_h,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    block, row = tl.program_id(0), tl.program_id(1)
+    b, h = (row // HEADS).to(tl.int64), row % HEADS
+    rows, columns = tl.arange(0, K_PAD), block * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_k, in_v = rows < K, columns < V
+    at = row.to(tl.int64) * (K * V) + rows[:, None] * V + columns[None, :]
+    keep = in_k[:, None] & in_v[None, :]
+    state = tl.load(state_ptr + at, mask=keep, other=0.0)
+    q_at = q_ptr + b * q_stride_b + (h // GROUP) * q_stride_h + rows
+    k_at = k_ptr + b * k_stride_b + (h // GROUP) * k_stride_h + rows
+    q = tl.load(q_at, mask=in_k, other=0.0).to(tl.float32)
+    k = tl.load(k_at, mask=in_k, other=0.0).to(tl.float32)
+    v_at = v_ptr + b * v_stride_b + h * v_stride_h + columns
+    v = tl.load(v_at, mask=in_v, other=0.0).to(tl.float32)
+    decay = tl.exp(tl.load(g_ptr + b * g_stride_b + h * g_stride_h).to(tl.float32))
+    beta = tl.load(beta_ptr + b * beta_stride_b + h * beta_stride_h).to(tl.float32)
+    if NORMALIZE:
+        q *= 1.0 / tl.sqrt(tl.sum(q * q, axis=0) + eps)
+        k *= 1.0 / tl.sqrt(tl.sum(k * k, axis=0) + eps)
+
+    state *= decay
+    update = beta * (v - tl.sum(k[:, None] * state, axis=0))
+    state += k[:, None] * update[None, :]
+    tl.store(state_ptr + at, state, mask=keep)
+    out = tl.sum(q[:, None] * state, axis=0) * scale
+    at = row.to(tl.int64) * V + columns
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=in_v)
+    tl.store(update_ptr + at, update, mask=in_v)
+
+
+def launch_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float,
+    normalize_qk: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output and the update (B, HV, V); advances ``state`` (B, HV, K, V), float32."""
+    batch, heads, K, V = state.shape
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    update = torch.empty(v.shape, dtype=torch.float32, device=v.device)
+    _step[(triton.cdiv(V, _BLOCK_V), batch * heads)](
+        q, k, v, g, beta, state, out, update, scale, QK_NORM_EPS,
+        *(stride for x in (q, k, v, g, beta) for stride in x.stride()[:2]),
+        HEADS=heads, GROUP=heads // q.shape[1], K=K, K_PAD=triton.next_power_of_2(K), V=V,
+        BLOCK_V=_BLOCK_V, NORMALIZE=normalize_qk, num_warps=4,
+    )  # fmt: skip
+    return out, update
