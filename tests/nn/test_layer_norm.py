@@ -326,3 +326,26 @@ def test_kernels_equal_the_plain_path(name: LayerNormType, dtype: torch.dtype, b
     for a, b in zip(grads(y, dy, *inputs), grads(expected, dy, *inputs), strict=True):
         scale = b.abs().max().item() + 1
         torch.testing.assert_close(a, b, rtol=0, atol=16 * scale * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", ["rms", "qwen_rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_op_takes_the_same_steps(name: str, dtype: torch.dtype) -> None:
+    layer = LayerNormConfig(name=name, bias=False, dtype=DType.from_pt(dtype)).build(24)  # type: ignore[arg-type]
+    assert isinstance(layer, RMSNorm) and layer.weight is not None
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 1.5)
+    x = torch.randn(5, 24, dtype=dtype, requires_grad=True)
+    assert layer._is_one_op(x)
+    got = layer(x)
+    want = layer._normalize(x) * layer.weight
+    assert torch.equal(got, want)
+    inputs = [x, layer.weight]
+    for a, b in zip(
+        torch.autograd.grad(got.square().sum(), inputs),
+        torch.autograd.grad(want.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0)
+    for other in (x.bfloat16(), x.double() if dtype == torch.float32 else x.float()):
+        assert not layer._is_one_op(other)

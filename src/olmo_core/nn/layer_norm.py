@@ -199,12 +199,28 @@ class RMSNorm(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; see :meth:`LayerNorm.forward`."""
-        y = self._normalize(self._prepare(x))
+        y = self._prepare(x)
+        if self._is_one_op(x):
+            return F.rms_norm(x, (self.size,), self.weight, self.eps)
+        y = self._normalize(y)
         if self.weight is not None:
             y = y * self.weight.to(y.dtype)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype)
+
+    def _is_one_op(self, x: Tensor) -> bool:
+        """Whether torch's own function takes the same steps, to the bit: half the time of a token.
+
+        It does for one wide dtype on a CPU.
+        """
+        return (
+            type(x) is Tensor
+            and x.is_cpu
+            and x.dtype in (torch.float32, torch.float64)
+            and self.bias is None
+            and (self.weight is None or self.weight.dtype == x.dtype)
+        )
 
     def _normalize(self, y: Tensor) -> Tensor:
         return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
@@ -219,7 +235,10 @@ class QwenRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; see :meth:`LayerNorm.forward`."""
-        y = self._normalize(self._prepare(x)).to(x.dtype)
+        y = self._prepare(x)
+        if self._is_one_op(x):
+            return F.rms_norm(x, (self.size,), self.weight, self.eps)
+        y = self._normalize(y).to(x.dtype)
         if self.weight is not None:
             y = self.weight * y
         if self.bias is not None:
