@@ -93,13 +93,9 @@ def lengths() -> Tensor:
 
 def layer(compiled: bool = False, documents: bool = False, **options: Any) -> dict[str, float]:
     module = build(**options)
-<<<<<<< HEAD
-    call: Any = functools.partial(module, cu_doc_lens=lengths()) if documents else module
-=======
     call: Callable[..., Tensor] = module
     if documents:
         call = partial(module, cu_doc_lens=lengths())
->>>>>>> gdn
     if compiled:
         call = torch.compile(call, fullgraph=True)
     return step(call, module, graph=not compiled and not documents)
