@@ -74,6 +74,7 @@ LAYERS = [
         "olmo_core.nn.attention.selection",
     ],
     [
+        "olmo_core.nn.attention.sdpa",
         "olmo_core.nn.attention.backend",
         "olmo_core.nn.attention.qk",
         "olmo_core.nn.attention.gate",

@@ -62,9 +62,9 @@ def test_installation_reasons_name_cause_and_command() -> None:
 
 
 def test_a_refusal_lists_every_reason() -> None:
-    request = Request(torch.float32, 999, frozenset({Feature.dropout, Feature.ring_cp}))
+    request = Request(torch.float32, 999, frozenset({Feature.dropout}))
     reasons = "\n".join(refusals(CAPABILITIES["flash_4"], Environment(), request))
-    for part in ("9.0", "not installed", "dropout", "ring_cp", "float32", "999", "multiple of"):
+    for part in ("9.0", "not installed", "dropout", "float32", "999", "multiple of"):
         assert part in reasons
     assert not refusals(CAPABILITIES["torch"], Environment(), Request(torch.float64, 3))
 
@@ -325,7 +325,7 @@ def test_apply_cp_is_refused_with_the_reason() -> None:
     backend = TorchAttentionBackend(head_dim=4, n_heads=2)
     with pytest.raises(ValueError, match="needs a style"):
         backend.apply_cp(None)
-    with pytest.raises(RuntimeError, match="ring_cp"):
+    with pytest.raises(TypeError, match="DeviceMesh"):
         backend.apply_cp(None, ring=object())
 
 

@@ -165,7 +165,7 @@ class GatedDeltaNet(SequenceMixer):
         )
         padding = call.padding
         if cu_doc_lens is not None:
-            cu_doc_lens = call.segments.cu_q
+            cu_doc_lens = cu_doc_lens.contiguous()
         if padding is not None:
             x = x.masked_fill(padding.unsqueeze(-1), 0)
         linears = (self.w_q, self.w_k, self.w_v, self.w_a, self.w_b, self.w_g)
