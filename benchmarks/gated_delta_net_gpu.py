@@ -142,16 +142,16 @@ def decoding(batch: int = 32) -> dict[str, float]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(batch, 16, *shape, device="cuda")
 
-    qkv = [randn(n).to(DTYPE) for n in (128, 128, 256)]
-    gates = [-randn().abs(), randn().sigmoid()]
+    q, k, v = (randn(n).to(DTYPE) for n in (128, 128, 256))
+    g, beta = -randn().abs(), randn().sigmoid()
     steps = []
     for _ in range(3):
         state = randn(128, 256)
-        call = partial(gated_delta_rule_step_, *qkv, *gates, state, normalize_qk=True)
+        call = partial(gated_delta_rule_step_, q, k, v, g, beta, state, normalize_qk=True)
         steps.append(captured(call))
     size = 2 * 4 * batch * 16 * 128 * 256
     rule_ms = median_ms(steps)
-    module = build()
+    module: Any = build()
     module.init_kv_cache_manager(batch, 4096)
     x = torch.randn(batch, 1, D_MODEL, device="cuda", dtype=DTYPE)
     with torch.no_grad():
