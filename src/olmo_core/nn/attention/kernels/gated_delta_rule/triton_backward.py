@@ -160,7 +160,7 @@ def _token_products(x_ptr, y_ptr, x_at, y_at, live, C: tl.constexpr, K: tl.const
     return products
 
 
-@triton.jit(do_not_specialize=["padding", "rows"])
+@triton.jit(do_not_specialize=["padding", "rows", "dg_stride_b"])
 def _gradients(
     dout_ptr, q_ptr, k_ptr, v_ptr, factors_ptr, ids_ptr, inverses_ptr, states_ptr, updates_ptr,
     du_ptr, dstates_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, padding, rows, scale,

@@ -136,7 +136,8 @@ def _inverse_length(ptr, at, live, eps, K: tl.constexpr, K_PAD: tl.constexpr):
     return 1.0 / tl.sqrt(tl.sum(x * x, axis=1) + eps)
 
 
-@triton.jit(do_not_specialize=["padding", "rows"])
+# Strides over the batch of what has no wide loads: other lengths compile nothing anew.
+@triton.jit(do_not_specialize=["padding", "rows", "g_stride_b", "beta_stride_b"])
 def _factors(
     q_ptr, k_ptr, g_ptr, beta_ptr, ids_ptr, out_ptr, padding, rows, scale, eps,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
