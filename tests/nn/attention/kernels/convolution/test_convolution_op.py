@@ -27,7 +27,7 @@ FORMS = [
     pytest.param("triton", marks=[pytest.mark.triton, needs_kernels]),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-examples = settings(max_examples=6, phases=[Phase.explicit, Phase.generate])
+examples = settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
 
 
 @contextmanager
