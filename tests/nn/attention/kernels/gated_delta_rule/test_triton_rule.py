@@ -138,10 +138,16 @@ def test_documents_split_the_scan(ends: list[int], monkeypatch: pytest.MonkeyPat
     """Spans begin where a document does: at once, in the middle, or as far back as the start."""
     from olmo_core.nn.attention.kernels.gated_delta_rule import triton_backward, triton_forward
 
-    for module in (triton_forward, triton_backward):
-        monkeypatch.setattr(module, "spans_for", lambda programs, chunks, x: 3)
+    inputs = make(tokens=260, states=1, decay=0.1)
     cu = torch.tensor([0, *ends], device=DEVICE, dtype=torch.int32)
-    check(make(tokens=260, states=1, decay=0.02), cu_doc_lens=cu)
+    results = []
+    for spans in (1, 3):
+        for module in (triton_forward, triton_backward):
+            monkeypatch.setattr(module, "spans_for", lambda *_, n=spans: n)
+        results.append(run(gated_delta_rule, inputs, cu_doc_lens=cu))
+    whole, split = results
+    for name, x in whole.items():
+        assert torch.equal(x, split[name]), name
 
 
 @needs_kernels
