@@ -22,7 +22,11 @@ from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment, Request, refusals
 from olmo_core.nn.attention.segments import Segments
 
-pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore"),  # libraries warn at import
+]
 HEADS, DIM = (4, 2), 64
 DOCUMENTS = ([0, 1024], [0, 64, 448, 1024])
 
