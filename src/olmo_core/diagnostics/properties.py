@@ -28,7 +28,7 @@ from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.attention.decoding.cache import DecodingCache
 from olmo_core.nn.attention.kernels.softmax import Feature
 from olmo_core.nn.attention.parallel.balancers import RingAttentionLoadBalancerType
-from olmo_core.nn.attention.softmax import SoftmaxAttention
+from olmo_core.nn.attention.softmax_attention import SoftmaxAttention
 
 __all__ = ["PROPERTIES", "Property"]
 
