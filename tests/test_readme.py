@@ -66,6 +66,23 @@ def test_tables_are_current() -> None:
     assert load_tables().updated(README) == README, "run: python docs/tables.py"
 
 
+@pytest.mark.distributed
+def test_the_context_parallel_example_runs_as_readme_says(tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(block("cp-example"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "example.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["sharded = whole: True"] * 2
+    assert "torchrun --nproc-per-node 2 example.py" in README
+
+
 @pytest.mark.parametrize("target", ["demo", "talk", "test", "test-full", "check", "bench", "docs"])
 def test_make_targets_exist(target: str) -> None:
     done = subprocess.run(

@@ -45,7 +45,7 @@ def test_json_is_nothing_but_json() -> None:
     assert report["machine"]["torch"] == torch.__version__
     assert {"machine", "backends", "extras", "choices"} == set(report)
     ticks = {name: tick["status"] for name, tick in report["backends"][0]["features"].items()}
-    assert ticks["window"] == "yes" and ticks["ring_cp"] == "no"
+    assert ticks["window"] == "yes" and ticks["ring_cp"] == "yes"
 
 
 class Broken:

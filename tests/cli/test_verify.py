@@ -36,8 +36,8 @@ def test_all_green(tmp_path: Path) -> None:
             assert cell["error"] <= cell["bound"]
         else:
             assert cell["reasons"]
-    assert by_status["passed"] == 18 and "failed" not in by_status
-    assert f"18 cells passed, 0 failed, {by_status['skipped']} skipped" in result.output
+    assert by_status["passed"] == 22 and "failed" not in by_status
+    assert f"22 cells passed, 0 failed, {by_status['skipped']} skipped" in result.output
 
 
 class OffByOnePercent:

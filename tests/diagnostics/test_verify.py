@@ -11,6 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from olmo_core.diagnostics import properties, sharded
+from olmo_core.diagnostics.machine import probe_head_dim
+from olmo_core.diagnostics.mixers import MIXERS
+from olmo_core.diagnostics.subject import Subject
 from olmo_core.diagnostics.verify import KERNEL, Cell, Outcome, cells, mixer_names, run
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.capabilities import CAPABILITIES
@@ -55,8 +59,12 @@ def broken() -> Iterator[Any]:
     register_kernel(good)
 
 
-def check(mixers: list[str], dtype: torch.dtype = torch.float32) -> dict[tuple[str, str], Outcome]:
+def check(
+    mixers: list[str], dtype: torch.dtype = torch.float32, *, sharded: bool = False
+) -> dict[tuple[str, str], Outcome]:
+    """The outcomes by mixer and property; of the sharded cells, which start processes, if asked."""
     todo = [c for c in cells(mixers, ["torch"]) if c.dtype == dtype]
+    todo = [c for c in todo if sharded or not c.is_sharded]
     return {(o.cell.mixer, o.cell.prop): o for o in run(todo, CPU)}
 
 
@@ -64,18 +72,20 @@ def failed(outcomes: dict[tuple[str, str], Outcome]) -> set[tuple[str, str]]:
     return {key for key, o in outcomes.items() if o.status == "failed"}
 
 
+@pytest.mark.distributed
 def test_nothing_fails_as_it_is() -> None:
-    outcomes = check(["kernel", "gqa", "window"])
+    outcomes = check(["kernel", "gqa", "window"], sharded=True)
     assert not failed(outcomes)
-    skipped = {prop for (_, prop), o in outcomes.items() if o.status == "skipped"}
-    assert skipped == {"ring_cp", "ulysses_cp", "ring", "ulysses"}
-    assert all(o.reasons for o in outcomes.values() if o.status == "skipped")
+    assert all(o.status == "passed" for o in outcomes.values())
+    assert {"zig_zag", "llama3", "balanced", "ulysses"} <= {prop for _, prop in outcomes}
 
 
 def test_the_gated_delta_net_keeps_the_promise() -> None:
-    outcomes = check(["gated_delta_net"])
+    outcomes = check(["gated_delta_net"], sharded=True)
     assert not failed(outcomes)
     assert outcomes["gdn", "rollback"].status == "passed"
+    skipped = {prop: o.reasons for (_, prop), o in outcomes.items() if o.status == "skipped"}
+    assert set(skipped) == {"zig_zag", "llama3", "balanced", "ulysses"} and all(skipped.values())
 
 
 def test_a_forgetful_convolution_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +130,7 @@ def test_a_wrong_gradient_fails(broken: Any) -> None:
 
 def test_a_wrong_log_sum_exp_fails_though_its_own_backward_undoes_it(broken: Any) -> None:
     broken("lse in base 2")
-    assert failed(check(["kernel", "gqa"])) == {(KERNEL, "lse")}
+    assert failed(check(["kernel", "gqa"])) == {(KERNEL, "lse"), (KERNEL, "ring_cp")}
     assert (KERNEL, "lse") in failed(check(["kernel"], torch.bfloat16))
 
 
@@ -148,6 +158,40 @@ def test_nan_fails(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = check(["kernel"])[KERNEL, "window"]
     assert outcome.status == "failed"
     assert outcome.as_dict()["error"] == "nan"
+
+
+def sharded_cell(prop: str) -> Outcome:
+    (outcome,) = run([Cell("gqa", "torch", torch.float32, prop)], CPU)
+    return outcome
+
+
+def test_a_wrong_shard_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer of one process, with a row of another: as a lost message would leave it."""
+
+    def answer(mixer: str, *args: Any) -> dict[str, Tensor]:
+        whole = dict(Subject(MIXERS[mixer], probe_head_dim(CPU), CPU).truth(args[-1]))
+        whole["dx"] = whole["dx"].clone()
+        whole["dx"][0, 100] = whole["dx"][0, 3]
+        return {name: x.float() for name, x in whole.items()}
+
+    monkeypatch.setattr(properties, "sharded_answer", answer)
+    outcome = sharded_cell("zig_zag")
+    assert outcome.status == "failed" and outcome.tensor.startswith("dx (")
+
+
+@pytest.mark.distributed
+def test_an_error_on_a_rank_is_a_failed_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded, "_on_a_rank", raises_on_a_rank)
+    outcome = sharded_cell("ulysses")
+    assert outcome.status == "failed"
+    assert outcome.reasons == ("RuntimeError: rank 1 of 2: KeyError: 'gqa'",)
+    monkeypatch.undo()
+    assert sharded_cell("ulysses").status == "passed"
+
+
+def raises_on_a_rank(rank: int, n: int, mixer: str, *args: Any) -> None:
+    if rank == 1:
+        raise KeyError(mixer)
 
 
 def test_cells_come_from_the_capability_table() -> None:

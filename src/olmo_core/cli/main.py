@@ -21,7 +21,7 @@ from olmo_core.exceptions import OLMoConfigurationError, OLMoError
 
 COMMANDS = {
     "doctor": "Say which attention backends work on this machine, and what mends the others.",
-    "verify": "Check packed = separate = cached = the dense float64 reference on this machine.",
+    "verify": "Check packed = separate = sharded = cached = the float64 reference on this machine.",
     "train": "Train a small language model on packed documents.",
     "generate": "Continue text with a trained model.",
     "bench": "Time and memory of the backends against sequence length.",
@@ -93,7 +93,7 @@ def main(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    """Attention layers where packed = separate = cached = the dense float64 reference."""
+    """Attention layers where packed = separate = sharded = cached = the dense float64 reference."""
 
 
 def _complain(message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,7 +61,8 @@ def command(
         ),
     ] = 1,
 ) -> None:
-    """Check the promise on this machine: packed = separate = cached = the float64 reference.
+    """Check the promise on this machine: packed = separate = sharded = cached = the float64
+    reference.
 
     Every row is a layer and a property, every column a dtype. A cell is an error and the bound that
     it must keep: a few times the error that a plain implementation has in the same precision
@@ -124,7 +126,11 @@ def _run(todo: list[Cell], device: torch.device, jobs: int) -> tuple[list[Outcom
     interrupted = False
     with progress() as bar:
         task = bar.add_task("", total=len(todo))
-        running = run(todo, device) if jobs == 1 else run_in_processes(todo, device, jobs)
+        running = run(todo, device)
+        if jobs > 1:  # sharded cells have processes of their own
+            alone = [cell for cell in todo if not cell.is_sharded]
+            sharded = [cell for cell in todo if cell.is_sharded]
+            running = chain(run_in_processes(alone, device, jobs), run(sharded, device))
         try:
             for outcome in running:
                 outcomes[outcome.cell] = outcome

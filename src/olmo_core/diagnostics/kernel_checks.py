@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -22,6 +23,11 @@ from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.config import AttentionBackendName
 from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
 from olmo_core.nn.attention.kernels.softmax import Feature, get_kernel
+from olmo_core.nn.attention.parallel.exchange import accumulator
+from olmo_core.nn.attention.parallel.layout import ZigZagLayout
+from olmo_core.nn.attention.parallel.plan import ring_plan
+from olmo_core.nn.attention.parallel.readings import Reading
+from olmo_core.nn.attention.parallel.ring import merge_, ring_steps
 from olmo_core.nn.attention.segments import Segments
 
 __all__ = ["CHECKS", "N_HEADS", "N_KV_HEADS", "Place"]
@@ -145,6 +151,60 @@ def _lse(place: Place) -> list[Comparison]:
         Comparison("merged lse", row_error(merged[..., None], want), bound(error, place.dtype)),
         *(c._replace(what=f"merged {c.what}") for c in _against_truth(place, p, (out, dq, dk, dv))),
     ]
+
+
+def _ring(place: Place) -> list[Comparison]:
+    """What a kernel does in a ring of two ranks, both computed here, without their messages."""
+    lengths, ranks = (60, 4, 0, 32), 2
+    p = _varlen(place, lengths, lengths, -1)
+    cu = [0, *accumulate(lengths)]
+    plan = ring_plan(Reading(cu, place.device), ranks, 1)
+    held = [ZigZagLayout().table(cu, ranks).of(r).tokens().to(place.device) for r in range(ranks)]
+    whole = [x.to(place.device, place.dtype) for x in (p.q, p.k, p.v, p.dout)]
+    shards = [[x.index_select(1, rows) for x in whole] for rows in held]
+    kernel, scale, acc = get_kernel(place.backend), place.scale, accumulator(place.dtype)
+    out, dq, dk, dv = (torch.zeros_like(x, dtype=acc) for x in (whole[0], *whole[:3]))
+    for rank, (q, _, _, dout) in enumerate(shards):
+        blocks = []
+        for i, (queries, keys, segments) in enumerate(ring_steps(plan, rank, ranks)):
+            owner = (rank - i) % ranks
+            rows = held[rank] if queries is None else held[rank][queries]
+            columns = held[owner] if keys is None else held[owner][keys]
+            blocks.append((queries, rows, columns, segments))
+        merged, lse = torch.zeros(()), torch.zeros(())
+        for i, (queries, rows, columns, segments) in enumerate(blocks):
+            k, v = (x.index_select(1, columns) for x in whole[1:3])
+            more, more_lse, _ = kernel.forward(whole[0][:, rows], k, v, segments, scale=scale)
+            if i == 0:
+                merged, lse = more.to(acc), more_lse
+            elif queries is None:
+                merge_(merged, lse, more, more_lse)
+            else:
+                part, part_lse = merged[:, queries], lse[:, :, queries]
+                merge_(part, part_lse, more, more_lse)
+                merged[:, queries], lse[:, :, queries] = part, part_lse
+        out[:, held[rank]] = merged
+        answer, rng = merged.to(q.dtype), q.new_empty(0, dtype=torch.int64)
+        for queries, rows, columns, segments in blocks:
+            pick = slice(None) if queries is None else queries
+            k, v = (x.index_select(1, columns) for x in whole[1:3])
+            grads = kernel.backward(
+                dout[:, pick].contiguous(), whole[0][:, rows], k, v, answer[:, pick].contiguous(),
+                lse[:, :, pick].contiguous(), rng, segments, scale=scale,
+            )  # fmt: skip
+            for total, where, grad in zip((dq, dk, dv), (rows, columns, columns), grads):
+                total.index_add_(1, where, grad.to(acc))
+    return _against_truth(place, p, tuple(x.to(place.dtype) for x in (out, dq, dk, dv)))
+
+
+def _ulysses(place: Place) -> list[Comparison]:
+    """A half of the heads at a time, as each of two ranks has them."""
+    p = _dense(place, 150, 150, -1)
+    halves = []
+    for half in range(2):
+        q, k, v, dout = (x.chunk(2, dim=2)[half] for x in (p.q, p.k, p.v, p.dout))
+        halves.append(_attend(place, p._replace(q=q, k=k, v=v, dout=dout), 0.0))
+    return _against_truth(place, p, tuple(torch.cat(pair, dim=2) for pair in zip(*halves)))
 
 
 def _dropout(place: Place) -> list[Comparison]:
@@ -317,6 +377,8 @@ CHECKS: Mapping[Feature, Check] = MappingProxyType(
         Feature.dropout: _dropout,
         Feature.lse: _lse,
         Feature.deterministic: _deterministic,
+        Feature.ring_cp: _ring,
+        Feature.ulysses_cp: _ulysses,
     }
 )
-"""Features without a check are those that need several processes."""
+"""Every feature has one. Those of context parallelism are of the kernel's part, in one process."""

@@ -1,6 +1,7 @@
 """The promise, property by property: each a function from a layer to comparisons.
 
-packed = separate = cached = the dense float64 reference, forward and, where there is one, backward.
+packed = separate = sharded = cached = the dense float64 reference, forward and, where there is one,
+backward.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from olmo_core.diagnostics.measures import Comparison
+from olmo_core.diagnostics.sharded import sharded_answer
 from olmo_core.diagnostics.subject import (
     BATCH,
     DOCUMENTS,
@@ -25,6 +27,8 @@ from olmo_core.diagnostics.subject import (
 from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.attention.decoding.cache import DecodingCache
 from olmo_core.nn.attention.kernels.softmax import Feature
+from olmo_core.nn.attention.parallel.balancers import RingAttentionLoadBalancerType
+from olmo_core.nn.attention.softmax_attention import SoftmaxAttention
 
 __all__ = ["PROPERTIES", "Property"]
 
@@ -42,8 +46,9 @@ class Property:
     title: str
     features: frozenset[Feature]
     """What it asks of a backend."""
-    check: Check | None
-    """None where the capability table alone answers."""
+    check: Check
+    is_sharded: bool = False
+    """Whether several processes check it together."""
 
 
 def _whole(subject: Subject, layer: SequenceMixer, dtype: torch.dtype) -> list[Comparison]:
@@ -183,8 +188,34 @@ class _cached:
         self.layer.kv_cache_manager = None
 
 
-def _property(name: str, title: str, features: set[Feature], check: Check | None) -> Property:
+def _property(name: str, title: str, features: set[Feature], check: Check) -> Property:
     return Property(name, title, frozenset(features), check)
+
+
+def _sharded(style: RingAttentionLoadBalancerType) -> Property:
+    """A load balancer's shards on two ranks, with and without documents."""
+
+    def check(subject: Subject, layer: SequenceMixer, dtype: torch.dtype) -> list[Comparison]:
+        assert isinstance(layer, SoftmaxAttention) and layer.backend.name is not None
+        backend = str(layer.backend.name)
+        return [
+            c._replace(what=f"{c.what} ({problem})")
+            for problem in ("whole", "documents")
+            for c in subject.compare(
+                sharded_answer(
+                    subject.mixer.name, backend, dtype, subject.device, str(style), problem
+                ),
+                subject.truth(problem),
+                problem,
+                dtype,
+            )
+        ]
+
+    alone = style == RingAttentionLoadBalancerType.ulysses
+    feature = Feature.ulysses_cp if alone else Feature.ring_cp
+    features = {Feature.backward, Feature.documents, feature}
+    title = f"sharded by {style} = whole"
+    return Property(str(style), title, frozenset(features), check, is_sharded=True)
 
 
 PROPERTIES: Mapping[str, Property] = MappingProxyType(
@@ -216,8 +247,7 @@ PROPERTIES: Mapping[str, Property] = MappingProxyType(
                 _cached_left_padding,
             ),
             _property("rollback", "after rollback = full", {Feature.kv_cache}, _rollback),
-            _property("ring", "ring = whole", {Feature.ring_cp}, None),
-            _property("ulysses", "Ulysses = whole", {Feature.ulysses_cp}, None),
+            *(_sharded(style) for style in RingAttentionLoadBalancerType),
         )
     }
 )

@@ -32,6 +32,11 @@ from olmo_core.nn.attention.capabilities import (
     refusals,
 )
 from olmo_core.nn.attention.kernels.softmax import Feature, torch_sdpa
+from olmo_core.nn.attention.parallel.context import ContextParallel
+from olmo_core.nn.attention.ring import (
+    RingAttentionLoadBalancerType,
+    RingContextParallelStyle,
+)
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -321,12 +326,27 @@ def test_bad_options(kwargs: Any) -> None:
         TorchAttentionBackend(**kwargs)
 
 
-def test_apply_cp_is_refused_with_the_reason() -> None:
+def test_apply_cp_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What works is tests/nn/attention/parallel."""
     backend = TorchAttentionBackend(head_dim=4, n_heads=2)
     with pytest.raises(ValueError, match="needs a style"):
         backend.apply_cp(None)
-    with pytest.raises(TypeError, match="DeviceMesh"):
-        backend.apply_cp(None, ring=object())
+    with pytest.raises(TypeError, match="cp_mesh must be a DeviceMesh, got NoneType"):
+        backend.apply_cp(None, ring=RingContextParallelStyle())
+    row = CAPABILITIES["torch"]
+    monkeypatch.setattr(type(backend), "_capabilities", lambda: replace(
+        row, missing={Feature.ring_cp: "the test took it"}
+    ))  # fmt: skip
+    with pytest.raises(RuntimeError, match="no ring_cp: the test took it"):
+        backend.check_cp(RING)
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"needs torch\.distributed"):
+        backend.apply_cp(None, ring=RingContextParallelStyle())
+
+
+RING = ContextParallel(
+    RingAttentionLoadBalancerType.zig_zag, "zig_zag", 1, 2, 0, "ring", 1, 0, "", "ring"
+)
 
 
 @pytest.mark.parametrize("cls", [Attention, FusedAttention, NormalizedAttention])

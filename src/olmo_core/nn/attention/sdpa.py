@@ -305,12 +305,12 @@ class ScaledDotProductAttention(SharesSequences):
                 documents = read_shard_documents(context, q.shape[0], q.shape[1], device, **lengths)
             if not isinstance(documents, ShardDocuments):
                 raise ValueError("After apply_cp a backend takes a shard's lengths, not segments.")
-            dropout_p = self.dropout_p if self.training else 0.0
+            dropout_p = self._dropout_p if self.training else 0.0
             wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
             in_ring = context.layout != WHOLE
             asked = (
                 (Feature.documents, in_ring or documents.lengths is not None),
-                (Feature.lse, in_ring and context.rotates(self.window)),
+                (Feature.lse, in_ring and context.rotates(self._window)),
                 (Feature.ring_cp, in_ring),
                 (Feature.ulysses_cp, context.ulysses_degree > 1),
                 (Feature.packed_qkv, isinstance(qkv, Tensor)),
@@ -319,7 +319,7 @@ class ScaledDotProductAttention(SharesSequences):
             kernel = self._kernel(q, wants_gradient, *(f for f, wanted in asked if wanted))
         return attend_sharded(
             q, k, v, context, documents.lengths, local=documents.local, longest=documents.longest,
-            window=self.window, scale=self.scale, dropout_p=dropout_p, kernel=kernel,
+            window=self._window, scale=self.scale, dropout_p=dropout_p, kernel=kernel,
         )  # fmt: skip
 
     def _cached(

@@ -312,7 +312,7 @@ def test_parallelism_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a style"):
         layer.apply_cp(None)
     with pytest.raises(RuntimeError, match="context parallelism"):
-        layer.apply_cp(None, uly=object())
+        layer.check_cp(None)
     with pytest.raises(RuntimeError, match="tensor parallelism"):
         layer.apply_tp(None)
 

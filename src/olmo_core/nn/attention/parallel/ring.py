@@ -27,10 +27,12 @@ from olmo_core.nn.attention.parallel.op import (
 from olmo_core.nn.attention.parallel.plan import RingPlan, ring_plan
 from olmo_core.nn.attention.segments import Segments
 
-__all__ = ["merge_", "ring"]
+__all__ = ["Step", "merge_", "ring", "ring_steps"]
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
+    """One shard of keys: which queries see which of them, and how."""
+
     queries: Tensor | None
     """The rows of the queries; None for all."""
     keys: Tensor | None
@@ -46,22 +48,24 @@ def _one_row(x: Tensor) -> Tensor:
     return x if x.shape[0] == 1 else x.flatten(0, 1)[None]
 
 
-def _rounds(k: Tensor, v: Tensor, plan: RingPlan, group: str) -> Iterator[tuple[_Step, Tensor]]:
-    """The steps with the keys and values that are here, ``(1, b * t, g, 2 * d)``: in step ``i``
-    those of the rank ``i`` before this one.
+def ring_steps(plan: RingPlan, rank: int, ranks: int) -> list[Step]:
+    """What ``rank`` computes. In step ``i`` it has the keys of the rank ``i`` before it."""
+    earlier = Step(None, plan.early, plan.from_earlier)
+    later = Step(plan.late, None, plan.from_later)
+    own = Step(None, None, plan.own)
+    return [own, *(earlier if i <= rank else later for i in range(1, ranks))]
+
+
+def _rounds(k: Tensor, v: Tensor, plan: RingPlan, group: str) -> Iterator[tuple[Step, Tensor]]:
+    """The steps with the keys and values that are here, ``(1, b * t, g, 2 * d)``.
 
     The next shard is on its way before the caller computes.
     """
     rank, ranks = place_in(group)
     here = _one_row(torch.cat((k, v), dim=-1).contiguous())
-    for i in range(ranks):
+    for i, step in enumerate(ring_steps(plan, rank, ranks)):
         coming = rotate(here[0], group) if i + 1 < ranks else None
-        if i == 0:
-            yield _Step(None, None, plan.own), here
-        elif i <= rank:
-            yield _Step(None, plan.early, plan.from_earlier), here
-        else:
-            yield _Step(plan.late, None, plan.from_later), here
+        yield step, here
         if coming is not None:
             here = coming.wait()[None]
 

@@ -1,0 +1,135 @@
+"""Processes that run one function together, each as a rank of one gloo group.
+
+They are started once and serve call after call. A function that raises on a rank is an answer like
+any other; a rank that dies, or that does not answer in time, ends all of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import importlib.util
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Failure", "Ranks"]
+
+# A fork would inherit torch's threads and locks.
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What came of a rank instead of an answer."""
+
+    message: str
+    """What it raised, ``"ValueError: message"``; or how it was lost."""
+    traceback: str = ""
+    """Empty if the rank was lost."""
+
+
+class Ranks:
+    """``n`` processes, the ranks of a default process group over gloo.
+
+    :param n: How many.
+    :param patience: Seconds after which a rank that waits for the others gives up.
+    """
+
+    def __init__(self, n: int, *, patience: float = 600):
+        self.alive = True
+        self._folder = tempfile.mkdtemp(prefix="ranks_")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(n):
+            ours, theirs = _CONTEXT.Pipe()
+            arguments = (theirs, rank, n, f"{self._folder}/store", patience)
+            process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()  # so that its death closes the pipe
+            self._pipes.append(ours)
+            self._processes.append(process)
+        atexit.register(self.end)
+
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float = 60
+    ) -> list[Any | Failure]:
+        """What ``function(rank, n, *args)`` returns on each rank, or its :class:`Failure`.
+
+        :param function: At the top level of a module or of a file.
+        :param timeout: In seconds. Ranks that are late are ended, and all others with them.
+        """
+        file = sys.modules[function.__module__].__file__
+        for pipe in self._pipes:
+            pipe.send((function.__module__, file, function.__name__, args))
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        while len(answers) < len(self._pipes):
+            waiting = {p: rank for rank, p in enumerate(self._pipes) if rank not in answers}
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            for pipe, rank in waiting.items():
+                if pipe not in ready:
+                    continue
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    self.end()
+                    answers[rank] = Failure("died; what it printed last is above")
+            if not ready:
+                self.end()
+                lost = Failure(f"no answer in {timeout:g} s")
+                answers |= dict.fromkeys(waiting.values(), lost)
+        return [answers[rank] for rank in range(len(self._pipes))]
+
+    def end(self) -> None:
+        """End the processes."""
+        self.alive = False
+        for process in self._processes:
+            process.kill()  # threads of gloo may hang in a message
+            process.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        atexit.unregister(self.end)
+
+
+def _serve(pipe: Connection, rank: int, n: int, store: str, patience: float) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=n,
+        timeout=timedelta(seconds=patience),
+    )  # fmt: skip
+    while True:
+        try:
+            module, file, name, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            torch.manual_seed(0)
+            answer = getattr(_module(module, file), name)(rank, n, *args)
+        except Exception as error:
+            answer = Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+        pipe.send(answer)
+
+
+def _module(name: str, file: str) -> Any:
+    """A module by its name, or if it has none that can be imported (a test), by its file."""
+    if name in sys.modules or name.split(".")[0] == __name__.split(".")[0]:
+        return importlib.import_module(name)
+    name = f"{Path(file).stem}_{abs(hash(file))}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
