@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import olmo_core.nn.attention.kernels.convolution  # noqa: F401, it defines the op
 from olmo_core.distributed.collectives import place_in
 from olmo_core.nn.attention.parallel.exchange import Exchange, plan_exchange
 from olmo_core.nn.attention.parallel.layout import ContiguousLayout, SpanTable
