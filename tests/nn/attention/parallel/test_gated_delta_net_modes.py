@@ -1,4 +1,4 @@
-"""A sharded gated delta net compiled, checkpointed, in half precision, and in a hybrid that trains."""
+"""A sharded gated delta net compiled, checkpointed, in half precision, and in a training hybrid."""
 
 from __future__ import annotations
 
