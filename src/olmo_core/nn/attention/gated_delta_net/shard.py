@@ -76,10 +76,11 @@ def mix_shard(
         return q, k, v.unflatten(-1, (-1, sizes.head_v_dim))
 
     if context.layout == WHOLE:
+        cu = None if shard.lengths is None else shard.lengths.contiguous()
         streams = [(*s, None) for s in zip(projected, weights, biases, strict=True)]
-        q, k, v = split(*convolve_streams(streams, shard.lengths, silu, checked=True))
+        q, k, v = split(*convolve_streams(streams, cu, silu, checked=True))
         out, _ = choose_rule(q, v).run(
-            q, k, v, g, beta, cu_doc_lens=shard.lengths, normalize_qk=True, checked=True
+            q, k, v, g, beta, cu_doc_lens=cu, normalize_qk=True, checked=True
         )
     else:
         *convolved, _ = sharded_causal_conv1d(*projected, *weights, *biases, silu, *shard)
