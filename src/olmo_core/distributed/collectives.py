@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "Pending",
     "Traffic",
+    "all_gather",
     "count_traffic",
     "exchange",
     "gather_integers",
@@ -42,7 +43,8 @@ _COUNTING: list[Traffic] = []
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Count what :func:`exchange`, :func:`rotate` and :func:`swap` send while the block runs."""
+    """Count what :func:`exchange`, :func:`rotate`, :func:`swap` and :func:`all_gather` send while
+    the block runs."""
     traffic = Traffic()
     _COUNTING.append(traffic)
     try:
@@ -123,6 +125,23 @@ def swap(x: Tensor, group: str) -> Tensor:
     """
     ones = [1] * x.shape[0]
     return exchange(x, ones, ones, group).wait()
+
+
+def all_gather(x: Tensor, group: str) -> Pending:
+    """Give ``x`` to all ranks.
+
+    :param x: Contiguous, of the same shape on all ranks.
+    :returns: ``(ranks, *x.shape)``.
+    """
+    _, size = place_in(group)
+    if size == 1:
+        return Pending(x.unsqueeze(0))
+    for traffic in _COUNTING:
+        traffic.messages += size - 1
+        traffic.bytes += (size - 1) * x.numel() * x.element_size()
+    result = x.new_empty((size, *x.shape))
+    work = dist.all_gather(list(result.unbind(0)), x, group=group_named(group), async_op=True)
+    return Pending(result, work, x)
 
 
 def gather_integers(value: int, group: str, device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ from olmo_core.nn.dispatch import is_plain
 from olmo_core.nn.functional import compute_dtype
 from olmo_core.nn.lengths import check_cu_doc_lens, document_positions
 
-__all__ = ["CausalConv1d", "causal_conv1d", "convolve_together"]
+__all__ = ["CausalConv1d", "causal_conv1d", "convolve_streams", "convolve_together"]
 
 
 class CausalConv1d(nn.Module):
@@ -140,7 +140,7 @@ def causal_conv1d(
     :returns: (B, T, C), in x's dtype.
     :raises ValueError: If ``cu_doc_lens`` does not describe the tokens.
     """
-    return _convolve([(x, weight, bias, state)], cu_doc_lens, silu)[0]
+    return convolve_streams([(x, weight, bias, state)], cu_doc_lens, silu)[0]
 
 
 def convolve_together(
@@ -174,15 +174,16 @@ def convolve_together(
         (x, conv.weight, conv.bias, state)
         for conv, x, state in zip(convolutions, xs, states, strict=True)
     ]
-    return _convolve(streams, cu_doc_lens, convolutions[0].activation == "silu", checked)
+    return convolve_streams(streams, cu_doc_lens, convolutions[0].activation == "silu", checked)
 
 
-def _convolve(
+def convolve_streams(
     streams: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]],
     cu_doc_lens: Tensor | None,
     silu: bool,
     checked: bool = False,
 ) -> list[Tensor]:
+    """:func:`causal_conv1d` of up to three inputs (x, weight, bias, state), of one B, T and k."""
     # Imported here: the attention package imports this module.
     from olmo_core.nn.attention.kernels.convolution import Stream, short_convolution
 

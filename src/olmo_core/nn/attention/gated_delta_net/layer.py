@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.attention.gated_delta_net.cache import RecurrentCache
+from olmo_core.nn.attention.gated_delta_net.shard import check_value_heads, mix_shard
 from olmo_core.nn.attention.gated_delta_net.sizes import GatedDeltaNetSizes
 from olmo_core.nn.attention.gated_delta_net.step import advance
 from olmo_core.nn.attention.inputs import check_names, read_call
 from olmo_core.nn.attention.kernels.gated_delta_rule.rules import Rule, choose_rule
 from olmo_core.nn.attention.kernels.gates import decay_gates, gated_rms_norm
 from olmo_core.nn.attention.kernels.table import Choice
+from olmo_core.nn.attention.parallel.documents import ShardDocuments
+from olmo_core.nn.attention.parallel.relayout import from_contiguous, to_contiguous
 from olmo_core.nn.convolution import CausalConv1d, convolve_together
 from olmo_core.nn.dispatch import is_plain
 from olmo_core.nn.functional import compute_dtype
@@ -39,7 +42,8 @@ _SERVED = (
     "local_k_slice",
     "global_cu_doc_lens",
 )
-_NO_EFFECT = ("max_doc_len", "max_doc_len_q", "max_doc_len_k", "pos_sin", "pos_cos", "freqs_cis")
+_BOUNDS = ("max_doc_len", "max_doc_len_q", "max_doc_len_k")
+_NO_EFFECT = ("pos_sin", "pos_cos", "freqs_cis")
 
 # exp(A_log) starts uniform in (_A_MIN, 16): at 0 its logarithm would be -inf, for good.
 _A_MIN, _A_MAX = 1e-2, 16.0
@@ -144,22 +148,26 @@ class GatedDeltaNet(SequenceMixer):
             each document.
         :param kwargs: ``cache_leftpad``, how many leading tokens of each row are padding,
             ``(batch_size,)`` int32: they change nothing and their output is zero. What attention
-            layers take besides has no effect here (RoPE buffers, ``max_doc_len*``) or is refused
-            without context parallelism (``cu_doc_lens_q``, ``cu_doc_lens_k``, ``local_k_slice``,
-            ``global_cu_doc_lens``).
+            layers take besides has no effect here (RoPE buffers, and on one rank ``max_doc_len*``)
+            or is refused without context parallelism (``cu_doc_lens_q``, ``cu_doc_lens_k``,
+            ``local_k_slice``, ``global_cu_doc_lens``). After :meth:`apply_cp` the keywords are what
+            the load balancer returned with the shard ``x``.
         :returns: The output with shape ``(batch_size, seq_len, d_model)``.
         :raises TypeError: For any other keyword, or an argument of the wrong type.
         :raises ValueError: If arguments do not fit the layer or each other.
         :raises RuntimeError: If the decoding cache would overflow.
         """
-        check_names("GatedDeltaNet", kwargs, _SERVED, _NO_EFFECT)
-        keywords: dict[str, Any] = {name: kwargs.get(name) for name in _SERVED}
+        check_names("GatedDeltaNet", kwargs, _SERVED, _BOUNDS, _NO_EFFECT)
+        context = self.context
+        served = _SERVED if context is None else (*_SERVED, *_BOUNDS)
+        keywords: dict[str, Any] = {name: kwargs.get(name) for name in served}
         call = read_call(
             x,
             weight=self.w_out.weight,
             d_model=self.d_model,
             cache=self.kv_cache_manager,
             parameters=self.parameters(),
+            context=context,
             cu_doc_lens=cu_doc_lens,
             **keywords,
         )
@@ -168,10 +176,23 @@ class GatedDeltaNet(SequenceMixer):
             cu_doc_lens = cu_doc_lens.contiguous()
         if padding is not None:
             x = x.masked_fill(padding.unsqueeze(-1), 0)
+        shard = None
+        if context is not None:
+            assert isinstance(call.segments, ShardDocuments)
+            shard = context.shard(
+                call.segments.lengths, local=call.segments.local, window=self.conv_size,
+                scale=self.head_k_dim**-0.5, kernel=str(self._sizes),
+            )  # fmt: skip
+            x, shard = to_contiguous(x, context, shard)
         linears = (self.w_q, self.w_k, self.w_v, self.w_a, self.w_b, self.w_g)
         *projected, a, b, gate = project(linears, x)
         g, beta = decay_gates(a, b, self.A_log, self.dt_bias, padding, double=self.allow_neg_eigval)
-        if self.kv_cache_manager is None:
+        if context is not None and shard is not None:
+            out = mix_shard(
+                context, shard, projected, g, beta, sizes=self._sizes,
+                convolutions=self._convolutions, choose_rule=self.choose_rule,
+            )  # fmt: skip
+        elif self.kv_cache_manager is None:
             q, k, v = self._convolve(projected, cu_doc_lens)
             rule = self.choose_rule(q, v).run
             out, _ = rule(
@@ -185,19 +206,26 @@ class GatedDeltaNet(SequenceMixer):
                 choose_rule=self.choose_rule, leftpad=call.cache_leftpad,
             )  # fmt: skip
         y: Tensor = self.w_out(self._gated_norm(out, gate))
+        if context is not None and shard is not None:
+            y = from_contiguous(y, context, shard)
         return y if padding is None else y.masked_fill(padding.unsqueeze(-1), 0)
 
     def choose_rule(self, q: Tensor, v: Tensor) -> Choice[Rule]:
         """The implementation of the gated delta rule for inputs like ``q`` and ``v``, and why."""
         return choose_rule(q, v)
 
+    @property
+    def _convolutions(self) -> tuple[CausalConv1d, CausalConv1d, CausalConv1d]:
+        return self.q_conv1d, self.k_conv1d, self.v_conv1d
+
     def _convolve(
         self, projected: list[Tensor], cu_doc_lens: Tensor | None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k (B, T, H, K) and v (B, T, HV, V) from the projections, given their past."""
         past = None if state is None else state.split([y.shape[-1] for y in projected], -1)
-        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        q, k, v = convolve_together(convolutions, projected, cu_doc_lens, states=past, checked=True)
+        q, k, v = convolve_together(
+            self._convolutions, projected, cu_doc_lens, states=past, checked=True
+        )
         q, k = (y.unflatten(-1, (self.n_heads, self.head_k_dim)) for y in (q, k))
         return q, k, v.unflatten(-1, (self.n_v_heads, self.head_v_dim))
 
@@ -211,10 +239,8 @@ class GatedDeltaNet(SequenceMixer):
         return (norm(out.to(dtype)) * F.silu(gate.to(dtype))).to(gate.dtype).flatten(2)
 
     def check_cp(self, context: ContextParallel) -> None:
-        raise RuntimeError(
-            "GatedDeltaNet does not support context parallelism in this version. Shard the batch "
-            "instead (data parallelism), or shorten the sequence."
-        )
+        super().check_cp(context)
+        check_value_heads(self.n_heads, self.n_v_heads, context.ulysses_degree)
 
     def init_kv_cache_manager(
         self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0
@@ -227,7 +253,9 @@ class GatedDeltaNet(SequenceMixer):
             on it.
         :param max_rollback: Most tokens that the cache must be able to forget again.
         :raises ValueError: If a size is wrong.
+        :raises RuntimeError: If the layer is sharded.
         """
+        self.refuse_cache_under_cp()
         self.kv_cache_manager = RecurrentCache(
             batch_size,
             max_seq_len,

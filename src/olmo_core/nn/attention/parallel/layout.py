@@ -56,6 +56,18 @@ class SpanTable(NamedTuple):
         first, last = torch.searchsorted(self.rank, torch.tensor([rank, rank + 1])).tolist()
         return SpanTable(*(column[first:last] for column in self))
 
+    def cut(self, rows: int) -> SpanTable:
+        """The same rows in the same order, dealt to ranks that hold ``rows`` each."""
+        first = (self.stop - self.start).cumsum(0) - (self.stop - self.start)
+        total = int((self.stop - self.start).sum())
+        cuts = torch.cat([first, torch.arange(0, total + 1, max(rows, 1))]).unique()
+        row, length = cuts[:-1], cuts.diff()
+        span = torch.searchsorted(first, row, right=True) - 1
+        start = self.start[span] + row - first[span]
+        return SpanTable(
+            row.div(max(rows, 1), rounding_mode="floor"), self.document[span], start, start + length
+        )
+
     def lists(self, n: int) -> list[list[Span]]:
         """The spans of each of ``n`` ranks."""
         ranks: list[list[Span]] = [[] for _ in range(n)]
