@@ -22,11 +22,13 @@ from olmo_core.nn.attention.kernels.gated_delta_rule.rules import Rule, choose_r
 from olmo_core.nn.attention.kernels.gates import decay_gates, gated_rms_norm
 from olmo_core.nn.attention.kernels.table import Choice
 from olmo_core.nn.convolution import CausalConv1d, convolve_together
-from olmo_core.nn.dispatch import is_plain
+from olmo_core.nn.dispatch import is_heard
 from olmo_core.nn.functional import compute_dtype
 from olmo_core.nn.init import InitMethod, copy_into
 from olmo_core.nn.layer_norm import RMSNorm
 from olmo_core.nn.projections import project
+from olmo_core.nn.sharded import local, mask_rows
+from olmo_core.nn.tensor_parallel import TensorParallelTable
 
 if TYPE_CHECKING:
     from olmo_core.nn.attention.parallel.context import ContextParallel
@@ -160,6 +162,7 @@ class GatedDeltaNet(SequenceMixer):
             d_model=self.d_model,
             cache=self.kv_cache_manager,
             parameters=self.parameters(),
+            tensor_parallel=self.tensor_parallel,
             cu_doc_lens=cu_doc_lens,
             **keywords,
         )
@@ -167,10 +170,11 @@ class GatedDeltaNet(SequenceMixer):
         if cu_doc_lens is not None:
             cu_doc_lens = cu_doc_lens.contiguous()
         if padding is not None:
-            x = x.masked_fill(padding.unsqueeze(-1), 0)
+            x = mask_rows(x, padding)
         linears = (self.w_q, self.w_k, self.w_v, self.w_a, self.w_b, self.w_g)
         *projected, a, b, gate = project(linears, x)
-        g, beta = decay_gates(a, b, self.A_log, self.dt_bias, padding, double=self.allow_neg_eigval)
+        A_log, dt_bias = local(self.A_log), local(self.dt_bias)
+        g, beta = decay_gates(a, b, A_log, dt_bias, padding, double=self.allow_neg_eigval)
         if self.kv_cache_manager is None:
             q, k, v = self._convolve(projected, cu_doc_lens)
             rule = self.choose_rule(q, v).run
@@ -198,17 +202,26 @@ class GatedDeltaNet(SequenceMixer):
         past = None if state is None else state.split([y.shape[-1] for y in projected], -1)
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         q, k, v = convolve_together(convolutions, projected, cu_doc_lens, states=past, checked=True)
-        q, k = (y.unflatten(-1, (self.n_heads, self.head_k_dim)) for y in (q, k))
-        return q, k, v.unflatten(-1, (self.n_v_heads, self.head_v_dim))
+        q, k = (y.unflatten(-1, (-1, self.head_k_dim)) for y in (q, k))
+        return q, k, v.unflatten(-1, (-1, self.head_v_dim))
 
     def _gated_norm(self, out: Tensor, gate: Tensor) -> Tensor:
         """rms_norm(o) * silu(gate), computed in float32 at least: (B, T, HV * V)."""
-        gate = gate.unflatten(-1, (self.n_v_heads, self.head_v_dim))
+        gate = gate.unflatten(-1, (-1, self.head_v_dim))
         norm = self.o_norm
-        if type(norm) is RMSNorm and norm.weight is not None and is_plain(norm):
-            return gated_rms_norm(out, gate, norm.weight, norm.eps).flatten(2)
+        if type(norm) is RMSNorm and norm.weight is not None and not is_heard(norm):
+            return gated_rms_norm(out, gate, local(norm.weight), norm.eps).flatten(2)
         dtype = compute_dtype(out.dtype)
         return (norm(out.to(dtype)) * F.silu(gate.to(dtype))).to(gate.dtype).flatten(2)
+
+    def tensor_parallel_table(self) -> TensorParallelTable:
+        return TensorParallelTable(
+            columns=("w_q", "w_k", "w_v", "w_a", "w_b", "w_g"),
+            rows=("w_out",),
+            shards=("A_log", "dt_bias", "q_conv1d", "k_conv1d", "v_conv1d"),
+            replicas=("o_norm",),
+            counts={"n_heads": self.n_heads, "n_v_heads": self.n_v_heads},
+        )
 
     def check_cp(self, context: ContextParallel) -> None:
         raise RuntimeError(
@@ -228,13 +241,14 @@ class GatedDeltaNet(SequenceMixer):
         :param max_rollback: Most tokens that the cache must be able to forget again.
         :raises ValueError: If a size is wrong.
         """
+        ranks = 1 if self.tensor_parallel is None else self.tensor_parallel.degree
         self.kv_cache_manager = RecurrentCache(
             batch_size,
             max_seq_len,
-            conv_channels=self._sizes.conv_channels,
+            conv_channels=self._sizes.conv_channels // ranks,
             conv_size=self.conv_size,
-            n_heads=self.n_heads,
-            n_v_heads=self.n_v_heads,
+            n_heads=self.n_heads // ranks,
+            n_v_heads=self.n_v_heads // ranks,
             head_k_dim=self.head_k_dim,
             head_v_dim=self.head_v_dim,
             device=self.w_out.weight.device,
