@@ -41,12 +41,12 @@ def local(parameter: T, like: Tensor | None = None) -> T:
             "gathered it. Call the module that fully_shard was given, not a part of it."
         )
     if parameter.placements[0].is_shard():  # type: ignore[attr-defined]
-        return parameter.to_local()  # type: ignore[attr-defined, no-any-return]
+        return parameter.to_local()  # type: ignore[attr-defined, no-any-return, unused-ignore]
     from torch.distributed.tensor import Partial
 
     # Without the redistribution the gradient would stay a partial sum on each rank.
     whole = parameter.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
-    return whole.to_local(grad_placements=[Partial()])  # type: ignore[no-any-return]
+    return whole.to_local(grad_placements=[Partial()])
 
 
 def local_input(x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def local_input(x: Tensor) -> Tensor:
         return x
     from torch.distributed.tensor import Partial
 
-    return x.to_local(grad_placements=[Partial()])  # type: ignore[attr-defined, no-any-return]
+    return x.to_local(grad_placements=[Partial()])  # type: ignore[attr-defined]
 
 
 def mask_rows(x: Tensor, mask: Tensor) -> Tensor:

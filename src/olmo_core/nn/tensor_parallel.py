@@ -38,7 +38,7 @@ class TensorParallel:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the group, differentiably."""
-        return sum_over_ranks(x, self.group)  # type: ignore[no-any-return]
+        return sum_over_ranks(x, self.group)
 
     def of_packed(self, rows: Tensor, parts: int = 3) -> Tensor:
         """This rank's rows of a matrix, or of a bias, whose rows are ``parts`` equal blocks of
@@ -106,8 +106,8 @@ class SharesWidth(nn.Module):
             raise TypeError(f"tp_mesh must be a DeviceMesh, got {type(tp_mesh).__name__}.")
         if tp_mesh.ndim != 1:
             raise ValueError(
-                f"tp_mesh must have one dimension, got {tp_mesh.ndim}. Take the one that shares the "
-                "layers: mesh['tp']."
+                f"tp_mesh must have one dimension, got {tp_mesh.ndim}. Take the one that shares "
+                "the layers: mesh['tp']."
             )
         whole = use_local_output and (output_layout is None or output_layout.is_replicate())
         place = TensorParallel(

@@ -415,7 +415,7 @@ class FusedAttention(SoftmaxAttention):
         """Queries, keys and values of the heads that this rank has."""
         place = self.tensor_parallel
         if place is None:
-            return self.w_qkv(x)  # type: ignore[no-any-return]
+            return self.w_qkv(x)
         weight, bias = place.of_packed(local(self.w_qkv.weight)), self.w_qkv.bias
         return F.linear(
             local_input(x), weight, None if bias is None else place.of_packed(local(bias))

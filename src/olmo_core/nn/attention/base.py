@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from olmo_core.config import Config, Registrable
 from olmo_core.nn.attention.decoding.cache import DecodingCache
 from olmo_core.nn.attention.parallel.context import ContextParallel
+from olmo_core.nn.fsdp import FSDPPolicy, fsdp_policy
 from olmo_core.nn.tensor_parallel import SharesWidth, TensorParallel
 
 if TYPE_CHECKING:
@@ -127,6 +128,10 @@ class SequenceMixer(SharesSequences, SharesWidth, ABC):
                 f"{type(self).__name__}. Generate from a model that is not sharded: load the "
                 "checkpoint into another one."
             )
+
+    def fsdp_policy(self) -> FSDPPolicy:
+        """How FSDP2 is to wrap the mixer: see :class:`FSDPPolicy`."""
+        return fsdp_policy(self, self.get_parameter("w_out.weight").dtype)
 
     def check_tp(self, place: TensorParallel) -> None:
         super().check_tp(place)

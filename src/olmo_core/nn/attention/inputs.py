@@ -110,9 +110,9 @@ def read_call(
         x = local_input(x)
         if cache_leftpad is not None and not tensor_parallel.whole_output:
             raise ValueError(
-                "cache_leftpad zeroes the output's padding, and apply_tp was given an output_layout "
-                "or use_local_output=False with which no rank has a plain whole output. Leave both "
-                "at their defaults, or make the padding a document of its own in cu_doc_lens."
+                "cache_leftpad zeroes the output's padding, which a sharded or DTensor output does "
+                "not allow. Call apply_tp without output_layout and use_local_output, or make the "
+                "padding a document of its own in cu_doc_lens."
             )
     if context is not None:
         keywords = {

@@ -313,7 +313,7 @@ def test_parallelism_is_refused() -> None:
         layer.apply_cp(None)
     with pytest.raises(RuntimeError, match="context parallelism"):
         layer.apply_cp(None, uly=object())
-    with pytest.raises(RuntimeError, match="tensor parallelism"):
+    with pytest.raises(TypeError, match="tp_mesh must be a DeviceMesh"):
         layer.apply_tp(None)
 
 

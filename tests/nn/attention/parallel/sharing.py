@@ -1,4 +1,4 @@
-"""What tests of tensor parallelism have in common: the layers, and what a rank holds of the whole."""
+"""What tests of tensor parallelism have in common."""
 
 from __future__ import annotations
 
