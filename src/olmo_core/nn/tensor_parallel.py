@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -186,6 +187,11 @@ def _styles(float8: bool) -> tuple[Any, Any]:
     return Float8ColwiseParallel, Float8RowwiseParallel
 
 
+def _own(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+    """A DTensor's part without the mark of a view, of which FSDP2 warns: nobody has the whole."""
+    return out if is_sharded(out) else torch.ops.aten._unsafe_view(out, out.shape)
+
+
 def _deal(
     module: nn.Module,
     table: TensorParallelTable,
@@ -218,6 +224,8 @@ def _deal(
     plan = {name: column_style() for name in present}
     plan |= {name: row_style(**outputs) for name in table.rows}
     parallelize_module(module, mesh, plan)
+    for name in table.rows:
+        module.get_submodule(name).register_forward_hook(_own)
     for names, placement in ((table.shards, Shard(0)), (table.replicas, Replicate())):
         for name in _parameters(module, names):
             path, _, last = name.rpartition(".")
