@@ -81,6 +81,17 @@ def make(name: str) -> nn.Module:
     return module
 
 
+class Block(nn.Module):
+    """A module around a mixer: what FSDP wraps, and what compiles to one graph, hooks included."""
+
+    def __init__(self, mixer: nn.Module):
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, **keywords: Any) -> Tensor:
+        return x + self.mixer(x, **keywords)
+
+
 def whole(x: Any) -> Tensor:
     """A DTensor or a plain tensor, whole."""
     x = x.detach()

@@ -12,6 +12,7 @@ from nn.attention.parallel.sharing import (
     MIXERS,
     RECURRENT,
     SOFTMAX,
+    Block,
     D,
     check_gradients,
     error,
@@ -187,8 +188,8 @@ def compiled(rank: int, n: int, backend: str, names: list[str]) -> None:
     cu = torch.tensor([0, 5, 16], dtype=torch.int32)
     for name in names:
         torch._dynamo.reset()
-        whole, layer = make(name), make(name)
-        layer.apply_tp(mesh_of(n))
+        whole, layer = Block(make(name)), Block(make(name))
+        layer.mixer.apply_tp(mesh_of(n))
         counter = CompileCounterWithBackend(backend)
         fast = torch.compile(layer, fullgraph=True, backend=counter)
         x, dout = torch.randn(2, 1, 16, D, dtype=torch.float64)

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from gloo_ranks import on_ranks
 from nn.attention.parallel.schedules import int32
-from nn.attention.parallel.sharing import D, check_gradients, error, make, mesh_of, whole
+from nn.attention.parallel.sharing import Block, D, check_gradients, error, make, mesh_of, whole
 from olmo_core.nn.attention import Attention, GatedDeltaNet, NormalizedAttention
 from olmo_core.nn.attention.ring import (
     RingAttentionLoadBalancerType,
@@ -24,17 +23,6 @@ from olmo_core.nn.layer_norm import LayerNormConfig
 pytestmark = pytest.mark.distributed
 
 CU = int32([0, 5, 5, 16])
-
-
-class Block(nn.Module):
-    """What FSDP wraps: a mixer alone returns a view."""
-
-    def __init__(self, mixer: nn.Module):
-        super().__init__()
-        self.mixer = mixer
-
-    def forward(self, x: Tensor, **keywords: Any) -> Tensor:
-        return x + self.mixer(x, **keywords)
 
 
 def with_fsdp(rank: int, n: int) -> None:
