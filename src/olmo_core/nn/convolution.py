@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.dispatch import is_plain
+from olmo_core.nn.dispatch import is_heard
 from olmo_core.nn.functional import compute_dtype
 from olmo_core.nn.lengths import check_cu_doc_lens, document_positions
+from olmo_core.nn.sharded import local
 
 __all__ = ["CausalConv1d", "causal_conv1d", "convolve_streams", "convolve_together"]
 
@@ -91,14 +92,14 @@ class CausalConv1d(nn.Module):
         if state is not None and cu_doc_lens is None and x.shape[1] == 1 and not x.is_cuda:
             return self._last(torch.cat((state.to(x.dtype), x), 1))
         silu = self.activation == "silu"
-        return causal_conv1d(
-            x, self.weight, self.bias, cu_doc_lens=cu_doc_lens, silu=silu, state=state
-        )
+        weight, bias = local(self.weight), local(self.bias)
+        return causal_conv1d(x, weight, bias, cu_doc_lens=cu_doc_lens, silu=silu, state=state)
 
     def _check(self, x: Tensor, cu_doc_lens: Tensor | None, state: Tensor | None) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.hidden_size:
+        channels = local(self.weight).shape[0]  # under tensor parallelism, this rank's
+        if x.dim() != 3 or x.shape[-1] != channels:
             raise ValueError(
-                f"Expected an input (batch, tokens, {self.hidden_size}), got {tuple(x.shape)}."
+                f"Expected an input (batch, tokens, {channels}), got {tuple(x.shape)}."
             )
         if state is None:
             return
@@ -113,9 +114,10 @@ class CausalConv1d(nn.Module):
     def _last(self, inputs: Tensor) -> Tensor:
         """The output (B, 1, C) for the last of k inputs (B, k, C)."""
         dtype = compute_dtype(inputs.dtype)
-        out = (inputs.to(dtype) * self.weight.to(dtype).squeeze(1).t()).sum(1, keepdim=True)
-        if self.bias is not None:
-            out = out + self.bias.to(dtype)
+        weight, bias = local(self.weight), local(self.bias)
+        out = (inputs.to(dtype) * weight.to(dtype).squeeze(1).t()).sum(1, keepdim=True)
+        if bias is not None:
+            out = out + bias.to(dtype)
         return (F.silu(out) if self.activation == "silu" else out).to(inputs.dtype)
 
 
@@ -153,7 +155,7 @@ def convolve_together(
 ) -> list[Tensor]:
     """What each of up to three convolutions gives for its input: in one launch each way on a GPU.
 
-    Modules with hooks, or whose parameters are no plain tensors, are called one by one.
+    Modules with hooks are called one by one.
 
     :param convolutions: Of one kernel size and activation, all with a bias or none.
     :param xs: (B, T, C) each, with one B and T.
@@ -165,13 +167,13 @@ def convolve_together(
 
     states = [None] * len(xs) if states is None else states
     together = xs[0].is_cuda or INTERPRETED
-    if not together or not all(is_plain(conv) for conv in convolutions):
+    if not together or any(is_heard(conv) for conv in convolutions):
         each = zip(convolutions, xs, states, strict=True)
         return [conv(x, cu_doc_lens, state=state) for conv, x, state in each]
     for conv, x, state in zip(convolutions, xs, states, strict=True):
         conv._check(x, cu_doc_lens, state)
     streams = [
-        (x, conv.weight, conv.bias, state)
+        (x, local(conv.weight), local(conv.bias), state)
         for conv, x, state in zip(convolutions, xs, states, strict=True)
     ]
     return convolve_streams(streams, cu_doc_lens, convolutions[0].activation == "silu", checked)

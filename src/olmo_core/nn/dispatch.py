@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "cast_for_autocast",
     "draws_of_stream",
+    "is_heard",
     "is_observed",
     "is_plain",
     "on_its_device",
@@ -288,13 +289,18 @@ def is_observed(inputs: Sequence[Any]) -> bool:
     return False
 
 
+def is_heard(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks, which would not run where a kernel computes what it does."""
+    from torch.nn.modules import module as hooks
+
+    return any(getattr(module, name) for name in _HOOKS) or any(
+        getattr(hooks, f"_global{name}") for name in _HOOKS
+    )
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a kernel may compute what calling ``module`` does: it has no hooks, which would not
     run, and plain parameters (no DTensor)."""
-    from torch.nn.modules import module as hooks
-
-    return (
-        not any(getattr(module, name) for name in _HOOKS)
-        and not any(getattr(hooks, f"_global{name}") for name in _HOOKS)
-        and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
+    return not is_heard(module) and all(
+        p is None or type(p) is nn.Parameter for p in module._parameters.values()
     )

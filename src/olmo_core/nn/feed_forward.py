@@ -15,6 +15,8 @@ from olmo_core.config import Config, DType, StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.functional import l2_normalize
 from olmo_core.nn.init import InitMethod
+from olmo_core.nn.sharded import local
+from olmo_core.nn.tensor_parallel import SharesWidth, TensorParallelTable
 
 __all__ = [
     "Activation",
@@ -107,7 +109,7 @@ class FeedForwardConfig(Config):
         )
 
 
-class FeedForward(nn.Module):
+class FeedForward(SharesWidth):
     """A gated unit: w2(activation(w1(x)) * w3(x)); with silu it is SwiGLU.
 
     :param d_model: The width of inputs and outputs.
@@ -153,6 +155,14 @@ class FeedForward(nn.Module):
         :returns: (..., d_model).
         """
         return self.w2(self._act(self.w1(x)) * self.w3(x))
+
+    def tensor_parallel_table(self) -> TensorParallelTable:
+        return TensorParallelTable(
+            columns=("w1", "w3"),
+            rows=("w2",),
+            shards=("sw1", "sw3"),
+            counts={"hidden_size": self.hidden_size},
+        )
 
     def init_weights(
         self,
@@ -219,8 +229,8 @@ class NormalizedFeedForward(FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to each position; see :meth:`FeedForward.forward`."""
-        gate = self.w1(x) * (self.sw1 * math.sqrt(self.d_model))
-        hidden = F.silu(gate) * (self.w3(x) * self.sw3)
+        gate = self.w1(x) * (local(self.sw1) * math.sqrt(self.d_model))
+        hidden = F.silu(gate) * (self.w3(x) * local(self.sw3))
         return self.w2(hidden.to(x.dtype))
 
     def init_weights(

@@ -7,6 +7,7 @@ the result back; float64 inputs are computed in float64 either way.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from olmo_core.config import Config, DType, StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.functional import l2_normalize
+from olmo_core.nn.functional import compute_dtype, l2_normalize
+from olmo_core.nn.sharded import local
 
 __all__ = [
     "CuTeRMSNorm",
@@ -29,6 +31,7 @@ __all__ = [
     "RMSNorm",
 ]
 
+Share = Callable[[Tensor], Tensor]
 _HAS_QUACK = importlib.util.find_spec("quack") is not None
 
 
@@ -164,25 +167,43 @@ class LayerNorm(nn.Module):
             f"bias={self.bias is not None}, full_precision={self.full_precision}"
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, share: Share | None = None) -> Tensor:
         """Normalise the last dimension.
 
         :param x: (..., size), floating-point.
+        :param share: Where the width is dealt to several ranks: sums a statistic over them,
+            differentiably. The last dimension and the parameters are then this rank's part.
         :returns: (..., size) in ``x``'s dtype.
         :raises ValueError: If the last dimension is not ``size``.
         :raises TypeError: If ``x`` is not floating-point.
         """
-        y = self._prepare(x)
-        y = F.layer_norm(
-            y, (self.size,), _cast(self.weight, y.dtype), _cast(self.bias, y.dtype), self.eps
-        )
+        y = self._prepare(x, share)
+        weight, bias = (_cast(p, y.dtype) for p in self._affine(x))
+        if share is None:
+            y = F.layer_norm(y, (self.size,), weight, bias, self.eps)
+        else:
+            y = y - share(y.sum(-1, keepdim=True)) / self.size
+            y = self._normalize(y, share)
+            y = y if weight is None else y * weight
+            y = y if bias is None else y + bias
         return y.to(x.dtype)
 
-    def _prepare(self, x: Tensor) -> Tensor:
+    def _normalize(self, y: Tensor, share: Share | None) -> Tensor:
+        """``y`` over its root mean square."""
+        square = y.pow(2)
+        if share is None:
+            return y * torch.rsqrt(square.mean(-1, keepdim=True) + self.eps)
+        return y * torch.rsqrt(share(square.sum(-1, keepdim=True)) / self.size + self.eps)
+
+    def _affine(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias, plain where ``x`` is."""
+        return local(self.weight, x), local(self.bias, x)
+
+    def _prepare(self, x: Tensor, share: Share | None) -> Tensor:
         """``x`` in the dtype to compute in."""
         if not x.is_floating_point():
             raise TypeError(f"{type(self).__name__} expected floating-point inputs, got {x.dtype}")
-        if x.shape[-1] != self.size:
+        if x.shape[-1] != self.size and share is None:
             raise ValueError(
                 f"{type(self).__name__} expected a last dimension of {self.size}, "
                 f"got an input of shape {tuple(x.shape)}"
@@ -197,16 +218,17 @@ class RMSNorm(LayerNorm):
     cast back, as in OLMo 2.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, share: Share | None = None) -> Tensor:
         """Normalise the last dimension; see :meth:`LayerNorm.forward`."""
-        y = self._prepare(x)
-        if self._is_one_op(x):
-            return F.rms_norm(x, (self.size,), self.weight, self.eps)
-        y = self._normalize(y)
-        if self.weight is not None:
-            y = y * self.weight.to(y.dtype)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
+        y = self._prepare(x, share)
+        weight, bias = self._affine(x)
+        if share is None and self._is_one_op(x):
+            return F.rms_norm(x, (self.size,), weight, self.eps)
+        y = self._normalize(y, share)
+        if weight is not None:
+            y = y * weight.to(y.dtype)
+        if bias is not None:
+            y = y + bias.to(y.dtype)
         return y.to(x.dtype)
 
     def _is_one_op(self, x: Tensor) -> bool:
@@ -222,9 +244,6 @@ class RMSNorm(LayerNorm):
             and (self.weight is None or self.weight.dtype == x.dtype)
         )
 
-    def _normalize(self, y: Tensor) -> Tensor:
-        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-
 
 class QwenRMSNorm(RMSNorm):
     """:class:`RMSNorm` that is cast back before the weight is applied.
@@ -233,16 +252,17 @@ class QwenRMSNorm(RMSNorm):
     of low-precision inputs. The result has the input's dtype even if the weight's is wider.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, share: Share | None = None) -> Tensor:
         """Normalise the last dimension; see :meth:`LayerNorm.forward`."""
-        y = self._prepare(x)
-        if self._is_one_op(x):
-            return F.rms_norm(x, (self.size,), self.weight, self.eps)
-        y = self._normalize(y).to(x.dtype)
-        if self.weight is not None:
-            y = self.weight * y
-        if self.bias is not None:
-            y = y + self.bias
+        y = self._prepare(x, share)
+        weight, bias = self._affine(x)
+        if share is None and self._is_one_op(x):
+            return F.rms_norm(x, (self.size,), weight, self.eps)
+        y = self._normalize(y, share).to(x.dtype)
+        if weight is not None:
+            y = weight * y
+        if bias is not None:
+            y = y + bias
         return y.to(x.dtype)
 
 
@@ -253,13 +273,14 @@ class FusedRMSNorm(RMSNorm):
     other case takes :class:`RMSNorm`'s path, with the same result.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, share: Share | None = None) -> Tensor:
         """Normalise the last dimension; see :meth:`LayerNorm.forward`."""
         same_dtype = self.weight is None or self.weight.dtype == x.dtype
-        if x.is_cuda and same_dtype and self.bias is None and self.full_precision:
-            self._prepare(x)
-            return F.rms_norm(x, (self.size,), self.weight, self.eps)
-        return super().forward(x)
+        plain = share is None and self.bias is None and self.full_precision
+        if x.is_cuda and same_dtype and plain:
+            self._prepare(x, None)
+            return F.rms_norm(x, (self.size,), self._affine(x)[0], self.eps)
+        return super().forward(x, share=share)
 
 
 class CuTeRMSNorm(RMSNorm):
@@ -268,14 +289,15 @@ class CuTeRMSNorm(RMSNorm):
     Everywhere else, and for float64, it takes :class:`RMSNorm`'s path, with the same result.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, share: Share | None = None) -> Tensor:
         """Normalise the last dimension; see :meth:`LayerNorm.forward`."""
-        if not self._kernel_runs(x):
-            return super().forward(x)
+        if share is not None or not self._kernel_runs(x):
+            return super().forward(x, share=share)
         from quack import rmsnorm  # type: ignore[import-not-found,unused-ignore]
 
-        self._prepare(x)
-        y: Tensor = rmsnorm(x, self.weight, bias=self.bias, eps=self.eps)
+        self._prepare(x, None)
+        weight, bias = self._affine(x)
+        y: Tensor = rmsnorm(x, weight, bias=bias, eps=self.eps)
         return y
 
     def _kernel_runs(self, x: Tensor) -> bool:
@@ -307,10 +329,14 @@ class L2Norm(LayerNorm):
             init_device=init_device,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, share: Share | None = None) -> Tensor:
         """Normalise the last dimension; see :meth:`LayerNorm.forward`."""
-        self._prepare(x)
-        return l2_normalize(x)
+        self._prepare(x, share)
+        if share is None:
+            return l2_normalize(x)
+        y = x.to(compute_dtype(x.dtype))
+        square = share(y.pow(2).sum(-1, keepdim=True))
+        return (y * torch.where(square > 0, square, 1).rsqrt()).to(x.dtype)
 
 
 _CLASSES: dict[LayerNormType, type[LayerNorm]] = {

@@ -8,9 +8,11 @@ Shapes in comments: B batch, T tokens, H query heads, G key and value heads, D h
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo_core.exceptions import OLMoConfigurationError
@@ -22,6 +24,8 @@ from olmo_core.nn.attention.softmax_attention import AttentionShape, SoftmaxAtte
 from olmo_core.nn.functional import l2_normalize
 from olmo_core.nn.layer_norm import LayerNorm, LayerNormConfig
 from olmo_core.nn.rope import RoPEConfig, RoPEType
+from olmo_core.nn.sharded import local, local_input
+from olmo_core.nn.tensor_parallel import TensorParallelTable
 
 if TYPE_CHECKING:
     from olmo_core.nn.buffer_cache import BufferCache
@@ -187,7 +191,18 @@ class Attention(SoftmaxAttention):
             k_norm=self.k_norm,
             per_head=self.use_head_qk_norm,
             rope=self.rope,
+            share=None if self.tensor_parallel is None else self.tensor_parallel.sum,
             **call.rope,
+        )
+
+    def tensor_parallel_table(self) -> TensorParallelTable:
+        norms = ("q_norm", "k_norm")
+        return TensorParallelTable(
+            columns=("w_q", "w_k", "w_v", "w_g"),
+            rows=("w_out",),
+            shards=() if self.use_head_qk_norm else norms,
+            replicas=norms if self.use_head_qk_norm else (),
+            counts={"n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads},
         )
 
     def _gated(self, att: Tensor, x: Tensor) -> Tensor:
@@ -256,8 +271,8 @@ class NormalizedAttention(Attention):
         self.sk.fill_(self.sk_init_scaling)
 
     def _normalize_and_rotate(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        sq = self.sq * (self.sq_init_value / self.sq_init_scaling)
-        sk = self.sk * (self.sk_init_value / self.sk_init_scaling)
+        sq = local(self.sq) * (self.sq_init_value / self.sq_init_scaling)
+        sk = local(self.sk) * (self.sk_init_value / self.sk_init_scaling)
         return normalize_and_rotate(
             q,
             k,
@@ -265,8 +280,13 @@ class NormalizedAttention(Attention):
             k_norm=self.k_norm,
             scales=(sq, sk),
             rope=self.rope,
+            share=None if self.tensor_parallel is None else self.tensor_parallel.sum,
             **call.rope,
         )
+
+    def tensor_parallel_table(self) -> TensorParallelTable:
+        table = super().tensor_parallel_table()
+        return replace(table, shards=(*table.shards, "sq", "sk"))
 
     @torch.no_grad()
     def normalize_matrices(self) -> None:
@@ -381,12 +401,32 @@ class FusedAttention(SoftmaxAttention):
             max_doc_len_k=max_doc_len_k,
             local_k_slice=local_k_slice,
         )
-        qkv = self.w_qkv(x)
+        qkv = self._project(x)
         if self.clip_qkv is not None:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
-        qkv = qkv.view(*x.shape[:2], 3, self.n_heads, self.head_dim)
+        qkv = qkv.view(*x.shape[:2], 3, -1, self.head_dim)
         if self.rope is None:
             att = self._attend(qkv, call)
         else:
             att = self._attend(rotate_packed(qkv, self.rope, **call.rope), call)
         return self._output(att.flatten(2), call)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of the heads that this rank has."""
+        place = self.tensor_parallel
+        if place is None:
+            return self.w_qkv(x)
+        weight, bias = place.of_packed(local(self.w_qkv.weight)), self.w_qkv.bias
+        return F.linear(
+            local_input(x), weight, None if bias is None else place.of_packed(local(bias))
+        )
+
+    def tensor_parallel_table(self) -> TensorParallelTable:
+        # Each rank has rows of all three thirds. Cut so, FSDP's full_tensor() would scramble them.
+        return TensorParallelTable(
+            columns=(),
+            rows=("w_out",),
+            replicas=("w_qkv",),
+            counts={"n_heads": self.n_heads},
+            float8=False,
+        )

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from olmo_core.config import Config, Registrable
 from olmo_core.nn.attention.decoding.cache import DecodingCache
 from olmo_core.nn.attention.parallel.context import ContextParallel
+from olmo_core.nn.fsdp import FSDPPolicy, fsdp_policy
+from olmo_core.nn.tensor_parallel import SharesWidth, TensorParallel
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -66,7 +68,7 @@ class SharesSequences(nn.Module):
         self.context = context
 
 
-class SequenceMixer(SharesSequences, ABC):
+class SequenceMixer(SharesSequences, SharesWidth, ABC):
     """The part of a transformer block that moves information between positions."""
 
     def __init__(self) -> None:
@@ -127,22 +129,17 @@ class SequenceMixer(SharesSequences, ABC):
                 "checkpoint into another one."
             )
 
-    def apply_tp(
-        self,
-        tp_mesh: DeviceMesh,
-        input_layout: Any = None,
-        output_layout: Any = None,
-        use_local_output: bool = True,
-        float8_enabled: bool = False,
-    ) -> None:
-        """Prepare the module for tensor parallelism.
+    def fsdp_policy(self) -> FSDPPolicy:
+        """How FSDP2 is to wrap the mixer: see :class:`FSDPPolicy`."""
+        return fsdp_policy(self, self.get_parameter("w_out.weight").dtype)
 
-        :raises RuntimeError: If the mixer can't be sharded so.
-        """
-        raise RuntimeError(
-            f"{type(self).__name__} does not support tensor parallelism in this version. Shard its "
-            "parameters instead (FSDP)."
-        )
+    def check_tp(self, place: TensorParallel) -> None:
+        super().check_tp(place)
+        if self.kv_cache_manager is not None:
+            raise RuntimeError(
+                f"{type(self).__name__} has a decoding cache, of all heads. Call apply_tp first, "
+                "then init_kv_cache_manager."
+            )
 
 
 M = TypeVar("M", bound=SequenceMixer)

@@ -28,6 +28,8 @@ from olmo_core.nn.lengths import (
     document_positions,
     leftpad_to_cu_doc_lens,
 )
+from olmo_core.nn.sharded import local_input
+from olmo_core.nn.tensor_parallel import TensorParallel
 
 _LENGTHS_OF_Q_AND_K = (
     "cu_doc_lens_q",
@@ -81,6 +83,7 @@ def read_call(
     cache: DecodingCache | None,
     parameters: Iterable[Tensor],
     context: ContextParallel | None = None,
+    tensor_parallel: TensorParallel | None = None,
     window: int = -1,
     has_rope: bool = False,
     cu_doc_lens: Tensor | None = None,
@@ -95,6 +98,7 @@ def read_call(
     :param weight: A parameter of the mixer, for its device and dtype.
     :param parameters: The mixer's, none of which may want a gradient with a cache.
     :param context: This rank's place among those that share the sequence.
+    :param tensor_parallel: Its place among those that share the mixer's heads.
     :param window: The backend's, in keys, or -1.
     :param has_rope: Whether the mixer rotates queries and keys.
     :param shard: The keywords that only a context-parallel shard has.
@@ -102,6 +106,14 @@ def read_call(
     :raises TypeError: If something has the wrong type or dtype.
     :raises RuntimeError: If the cache would overflow, or gradients are wanted with it.
     """
+    if tensor_parallel is not None:
+        x = local_input(x)
+        if cache_leftpad is not None and not tensor_parallel.whole_output:
+            raise ValueError(
+                "cache_leftpad zeroes the output's padding, which a sharded or DTensor output does "
+                "not allow. Call apply_tp without output_layout and use_local_output, or make the "
+                "padding a document of its own in cu_doc_lens."
+            )
     if context is not None:
         keywords = {
             "cu_doc_lens": cu_doc_lens,

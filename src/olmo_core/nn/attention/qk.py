@@ -21,6 +21,7 @@ from olmo_core.nn.attention.kernels.rope_qk_norm import (
 )
 from olmo_core.nn.layer_norm import CuTeRMSNorm, FusedRMSNorm, LayerNorm, RMSNorm
 from olmo_core.nn.rope import FusedRotaryEmbedding, RotaryEmbedding, RotaryEmbeddingBase
+from olmo_core.nn.sharded import local
 
 __all__ = ["normalize_and_rotate", "rotate_packed"]
 
@@ -47,24 +48,20 @@ def normalize_and_rotate(
     :param q_norm: Over ``H * D``, or over each head where ``per_head``; together with ``k_norm``.
     :param k_norm: Over ``Hkv * D``, or over each head.
     :param scales: What multiplies q and k after their norms: ``(H * D,)`` and ``(Hkv * D,)``.
-    :param share: Where heads are sharded: sums the statistic ``(B, T, 2)`` of norms that are not
+    :param share: Where heads are dealt to ranks: sums a statistic of norms that are not
         ``per_head`` over the ranks, differentiably. The norms' ``size`` is then the whole width,
         their weights are this rank's.
     :param where: Keywords of ``rope``: positions, or buffers with a row for each of the T tokens.
-    :raises ValueError: If buffers do not fit, or norms that are not RMS norms are to be shared.
+    :raises ValueError: If buffers do not fit.
     """
     if where and "positions" not in where:
         _check_buffers(q, where)
     stats = widths = None
-    if share is not None and not per_head and q_norm is not None and k_norm is not None:
-        if not _norms_fit(q_norm, k_norm):
-            raise ValueError(
-                "Only RMS norms without bias or hooks, alike for q and k, can be shared by ranks, "
-                f"got {q_norm} and {k_norm}. Normalise each head by itself (use_head_qk_norm)."
-            )
-        stats, widths = share(row_stat(q, k)), (q_norm.size, k_norm.size)
+    fit = q_norm is None or _norms_fit(q_norm, k_norm)
+    if share is not None and fit and not per_head and q_norm is not None and k_norm is not None:
+        stats, widths = share(row_stat(q, k)), (q_norm.size, k_norm.size)  # one message for both
 
-    if unsupported(q, k) is None and (q_norm is None or _norms_fit(q_norm, k_norm)):
+    if fit and unsupported(q, k) is None:
         table = _table(q, rope, where)
         if table is not None:
             if q_norm is None and scales is None:
@@ -83,7 +80,10 @@ def normalize_and_rotate(
         elif per_head:
             q, k = q_norm(q), k_norm(k)
         else:
-            q, k = q_norm(q.flatten(2)).view(q.shape), k_norm(k.flatten(2)).view(k.shape)
+            shared = {} if share is None else {"share": share}
+            q, k = (
+                norm(x.flatten(2), **shared).view(x.shape) for norm, x in ((q_norm, q), (k_norm, k))
+            )
     if scales is not None:
         q_scale, k_scale = (s.view(x.shape[2:]).to(x.dtype) for s, x in zip(scales, (q, k)))
         q, k = q * q_scale, k * k_scale
@@ -137,11 +137,7 @@ def _norms_fit(q_norm: LayerNorm | None, k_norm: LayerNorm | None) -> bool:
     if q_norm is None or k_norm is None or q_norm.eps != k_norm.eps:
         return False
     return all(
-        type(n) in _NORMS
-        and n.full_precision
-        and n.bias is None
-        and (n.weight is None or type(n.weight) in (Tensor, nn.Parameter))  # no DTensor
-        and not _is_heard(n)
+        type(n) in _NORMS and n.full_precision and n.bias is None and not _is_heard(n)
         for n in (q_norm, k_norm)
     )
 
@@ -150,7 +146,9 @@ def _weights(
     q_norm: LayerNorm | None, k_norm: LayerNorm | None, scales: tuple[Tensor, Tensor] | None
 ) -> dict[str, Any]:
     """Of the norms and scales together, as the kernel's keywords."""
-    weights: list[Tensor | None] = [None if n is None else n.weight for n in (q_norm, k_norm)]
+    weights: list[Tensor | None] = [
+        None if n is None else local(n.weight) for n in (q_norm, k_norm)
+    ]
     if scales is not None:
         weights = [s if w is None else w * s for w, s in zip(weights, scales)]
     return {"q_weight": weights[0], "k_weight": weights[1]}

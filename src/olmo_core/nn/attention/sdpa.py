@@ -58,6 +58,8 @@ class ScaledDotProductAttention(SharesSequences):
     """
 
     name: ClassVar[str | None] = None
+    _stream: int = 0
+    """Of dropout's random numbers: each rank's own where ranks share the heads."""
 
     def __init__(
         self,
@@ -144,6 +146,17 @@ class ScaledDotProductAttention(SharesSequences):
                 "nothing. Set name to an AttentionBackendName."
             )
         return CAPABILITIES[cls.name]
+
+    def check_tp(self, degree: int) -> None:
+        """:raises ValueError: If Ulysses can't deal the heads that ``degree`` ranks have each."""
+        if self.context is not None and self.context.ulysses_group:
+            n_heads, n_kv_heads = self.n_heads // degree, self.n_kv_heads // degree
+            check_heads(n_heads, n_kv_heads, self.context.ulysses_degree)
+
+    def use_tp(self, degree: int, rank: int) -> None:
+        """Have the heads of one of ``degree`` ranks, and a stream of random numbers for them."""
+        self.n_heads, self.n_kv_heads = self.n_heads // degree, self.n_kv_heads // degree
+        self._stream = 1 + rank
 
     def check_cp(self, context: ContextParallel) -> None:
         """The errors of :meth:`apply_cp`, before anything is changed."""
@@ -288,7 +301,10 @@ class ScaledDotProductAttention(SharesSequences):
             (Feature.dropout, dropout_p > 0),
         )
         kernel = self._kernel(q, wants_gradient, *(f for f, wanted in asked if wanted))
-        return attend(q, k, v, segments, scale=self.scale, dropout_p=dropout_p, kernel=kernel)
+        return attend(
+            q, k, v, segments, scale=self.scale, dropout_p=dropout_p, kernel=kernel,
+            stream=self._stream,
+        )  # fmt: skip
 
     def _attend_on_shard(
         self,
@@ -320,6 +336,7 @@ class ScaledDotProductAttention(SharesSequences):
         return attend_sharded(
             q, k, v, context, documents.lengths, local=documents.local, longest=documents.longest,
             window=self._window, scale=self.scale, dropout_p=dropout_p, kernel=kernel,
+            stream=self._stream,
         )  # fmt: skip
 
     def _cached(

@@ -22,6 +22,7 @@ from olmo_core.nn.attention.inputs import Call, read_call
 from olmo_core.nn.init import InitMethod
 from olmo_core.nn.layer_norm import LayerNorm
 from olmo_core.nn.rope import RoPEConfig
+from olmo_core.nn.tensor_parallel import TensorParallel
 
 if TYPE_CHECKING:
     from olmo_core.nn.attention.parallel.context import ContextParallel
@@ -193,6 +194,14 @@ class SoftmaxAttention(SequenceMixer):
         if self.rope is not None:
             self.rope.warmup_cache(max_seq_len, self.w_out.weight.device)
 
+    def check_tp(self, place: TensorParallel) -> None:
+        super().check_tp(place)
+        self.backend.check_tp(place.degree)
+
+    def use_tp(self, place: TensorParallel) -> None:
+        super().use_tp(place)
+        self.backend.use_tp(place.degree, place.rank)
+
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, **lengths: Any) -> Tensor:
         """Attention proper: :meth:`AttentionBackend.forward` of ``(q, k, v)``."""
         return self.backend((q, k, v), **lengths)
@@ -215,6 +224,7 @@ class SoftmaxAttention(SequenceMixer):
             cache=self.kv_cache_manager,
             parameters=self.parameters(),
             context=self.context,
+            tensor_parallel=self.tensor_parallel,
             **keywords,
         )
 

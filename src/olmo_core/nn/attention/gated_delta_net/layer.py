@@ -25,11 +25,13 @@ from olmo_core.nn.attention.kernels.table import Choice
 from olmo_core.nn.attention.parallel.documents import ShardDocuments
 from olmo_core.nn.attention.parallel.relayout import from_contiguous, to_contiguous
 from olmo_core.nn.convolution import CausalConv1d, convolve_together
-from olmo_core.nn.dispatch import is_plain
+from olmo_core.nn.dispatch import is_heard
 from olmo_core.nn.functional import compute_dtype
 from olmo_core.nn.init import InitMethod, copy_into
 from olmo_core.nn.layer_norm import RMSNorm
 from olmo_core.nn.projections import project
+from olmo_core.nn.sharded import local, mask_rows
+from olmo_core.nn.tensor_parallel import TensorParallel, TensorParallelTable
 
 if TYPE_CHECKING:
     from olmo_core.nn.attention.parallel.context import ContextParallel
@@ -44,6 +46,11 @@ _SERVED = (
 )
 _BOUNDS = ("max_doc_len", "max_doc_len_q", "max_doc_len_k")
 _NO_EFFECT = ("pos_sin", "pos_cos", "freqs_cis")
+
+_NOT_BOTH = (
+    "A gated delta net can't share its heads (apply_tp) and its sequence (apply_cp) at once in "
+    "this version. Use one of them: apply_cp with Ulysses deals heads too."
+)
 
 # exp(A_log) starts uniform in (_A_MIN, 16): at 0 its logarithm would be -inf, for good.
 _A_MIN, _A_MAX = 1e-2, 16.0
@@ -168,6 +175,7 @@ class GatedDeltaNet(SequenceMixer):
             cache=self.kv_cache_manager,
             parameters=self.parameters(),
             context=context,
+            tensor_parallel=self.tensor_parallel,
             cu_doc_lens=cu_doc_lens,
             **keywords,
         )
@@ -175,7 +183,7 @@ class GatedDeltaNet(SequenceMixer):
         if cu_doc_lens is not None:
             cu_doc_lens = cu_doc_lens.contiguous()
         if padding is not None:
-            x = x.masked_fill(padding.unsqueeze(-1), 0)
+            x = mask_rows(x, padding)
         shard = None
         if context is not None:
             assert isinstance(call.segments, ShardDocuments)
@@ -186,7 +194,8 @@ class GatedDeltaNet(SequenceMixer):
             x, shard = to_contiguous(x, context, shard)
         linears = (self.w_q, self.w_k, self.w_v, self.w_a, self.w_b, self.w_g)
         *projected, a, b, gate = project(linears, x)
-        g, beta = decay_gates(a, b, self.A_log, self.dt_bias, padding, double=self.allow_neg_eigval)
+        A_log, dt_bias = local(self.A_log), local(self.dt_bias)
+        g, beta = decay_gates(a, b, A_log, dt_bias, padding, double=self.allow_neg_eigval)
         if context is not None and shard is not None:
             out = mix_shard(
                 context, shard, projected, g, beta, sizes=self._sizes,
@@ -226,21 +235,37 @@ class GatedDeltaNet(SequenceMixer):
         q, k, v = convolve_together(
             self._convolutions, projected, cu_doc_lens, states=past, checked=True
         )
-        q, k = (y.unflatten(-1, (self.n_heads, self.head_k_dim)) for y in (q, k))
-        return q, k, v.unflatten(-1, (self.n_v_heads, self.head_v_dim))
+        q, k = (y.unflatten(-1, (-1, self.head_k_dim)) for y in (q, k))
+        return q, k, v.unflatten(-1, (-1, self.head_v_dim))
 
     def _gated_norm(self, out: Tensor, gate: Tensor) -> Tensor:
         """rms_norm(o) * silu(gate), computed in float32 at least: (B, T, HV * V)."""
-        gate = gate.unflatten(-1, (self.n_v_heads, self.head_v_dim))
+        gate = gate.unflatten(-1, (-1, self.head_v_dim))
         norm = self.o_norm
-        if type(norm) is RMSNorm and norm.weight is not None and is_plain(norm):
-            return gated_rms_norm(out, gate, norm.weight, norm.eps).flatten(2)
+        if type(norm) is RMSNorm and norm.weight is not None and not is_heard(norm):
+            return gated_rms_norm(out, gate, local(norm.weight), norm.eps).flatten(2)
         dtype = compute_dtype(out.dtype)
         return (norm(out.to(dtype)) * F.silu(gate.to(dtype))).to(gate.dtype).flatten(2)
+
+    def tensor_parallel_table(self) -> TensorParallelTable:
+        return TensorParallelTable(
+            columns=("w_q", "w_k", "w_v", "w_a", "w_b", "w_g"),
+            rows=("w_out",),
+            shards=("A_log", "dt_bias", "q_conv1d", "k_conv1d", "v_conv1d"),
+            replicas=("o_norm",),
+            counts={"n_heads": self.n_heads, "n_v_heads": self.n_v_heads},
+        )
 
     def check_cp(self, context: ContextParallel) -> None:
         super().check_cp(context)
         check_value_heads(self.n_heads, self.n_v_heads, context.ulysses_degree)
+        if self.tensor_parallel is not None:
+            raise RuntimeError(_NOT_BOTH)
+
+    def check_tp(self, place: TensorParallel) -> None:
+        super().check_tp(place)
+        if self.context is not None:
+            raise RuntimeError(_NOT_BOTH)
 
     def init_kv_cache_manager(
         self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0
@@ -256,13 +281,14 @@ class GatedDeltaNet(SequenceMixer):
         :raises RuntimeError: If the layer is sharded.
         """
         self.refuse_cache_under_cp()
+        ranks = 1 if self.tensor_parallel is None else self.tensor_parallel.degree
         self.kv_cache_manager = RecurrentCache(
             batch_size,
             max_seq_len,
-            conv_channels=self._sizes.conv_channels,
+            conv_channels=self._sizes.conv_channels // ranks,
             conv_size=self.conv_size,
-            n_heads=self.n_heads,
-            n_v_heads=self.n_v_heads,
+            n_heads=self.n_heads // ranks,
+            n_v_heads=self.n_v_heads // ranks,
             head_k_dim=self.head_k_dim,
             head_v_dim=self.head_v_dim,
             device=self.w_out.weight.device,

@@ -29,6 +29,7 @@ def attend_sharded(
     scale: float,
     dropout_p: float = 0.0,
     kernel: str,
+    stream: int = 0,
 ) -> Tensor:
     """This rank's rows of causal attention over the whole sequence, differentiable once.
 
@@ -44,6 +45,7 @@ def attend_sharded(
     :param window: In keys, a query's own included; -1 for all.
     :param dropout_p: For Ulysses alone. Each rank draws its own, with equal seeds too.
     :param kernel: The name of a kernel, the same on all ranks.
+    :param stream: Of dropout's random numbers: another one for other heads.
     :returns: Like ``q``.
     :raises ValueError: If lengths and shards do not fit, ranks differ, or Ulysses can't deal the
         heads.
@@ -69,7 +71,7 @@ def attend_sharded(
             problem = Segments.documents(lengths, longest or total, window=window)
         return attend(
             q, k, v, problem, scale=scale, dropout_p=dropout_p, kernel=kernel,
-            stream=1 + context.ulysses_rank,
+            stream=1 + context.ulysses_rank + context.ulysses_degree * stream,
         )  # fmt: skip
 
     inner = on_whole if context.layout == WHOLE else over_ring
