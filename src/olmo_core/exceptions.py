@@ -14,3 +14,10 @@ class OLMoConfigurationError(OLMoError):
 
     The message says what was expected, what came, and what to do instead.
     """
+
+
+class DisagreementError(OLMoError, ValueError):
+    """Ranks that share a sequence were given different input, or one of them refused its own.
+
+    Raised on every rank that did not raise an error of its own.
+    """

@@ -57,16 +57,18 @@ class Pending:
     """A tensor that is on its way."""
 
     def __init__(self, result: Tensor, work: Any = None, sent: Tensor | None = None):
-        self._result, self._work = result, work
         # What is sent must live until the message has left, and memory is reused when it is freed.
-        self._sent = sent
+        self._held: tuple[Tensor, Any, Tensor | None] | None = (result, work, sent)
 
     def wait(self) -> Tensor:
-        """The tensor. On a GPU the current stream waits, not the host."""
-        if self._work is not None:
-            self._work.wait()
-        self._work = self._sent = None
-        return self._result
+        """The tensor, once: nothing of it is kept. On a GPU the current stream waits, not the
+        host."""
+        assert self._held is not None
+        result, work, _ = self._held
+        if work is not None:
+            work.wait()
+        self._held = None
+        return result
 
 
 def group_named(name: str) -> dist.ProcessGroup:
@@ -87,7 +89,7 @@ def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: str)
     :param x: ``(sum(send), ...)``, contiguous: the rows for rank 0, then those for rank 1 ...
     :param send: How many rows each rank is sent, this one included.
     :param receive: How many rows each rank sends, as they say in their ``send``.
-    :returns: ``(sum(receive), ...)``, likewise by rank.
+    :returns: ``(sum(receive), ...)``, likewise by rank; ``x`` itself in a group of one.
     """
     rank, size = place_in(group)
     if size == 1:
@@ -122,9 +124,11 @@ def swap(x: Tensor, group: str) -> Tensor:
     """Give block ``i`` of ``x`` to rank ``i``, and get its block for this rank in its place.
 
     :param x: ``(ranks, ...)``, contiguous.
+    :returns: Like ``x``, a tensor of its own.
     """
     ones = [1] * x.shape[0]
-    return exchange(x, ones, ones, group).wait()
+    swapped = exchange(x, ones, ones, group).wait()
+    return x.clone() if swapped is x else swapped
 
 
 def all_gather(x: Tensor, group: str) -> Pending:
@@ -146,7 +150,8 @@ def all_gather(x: Tensor, group: str) -> Pending:
 
 def gather_integers(value: int, group: str, device: torch.device) -> Tensor:
     """An int64 of each rank, ``(ranks,)``, on ``device``, which the group's backend must take."""
-    return gather_rows(torch.tensor([value], dtype=torch.int64, device=device), group)[:, 0]
+    # Unlike torch.tensor, torch.full does not wait for a GPU.
+    return gather_rows(torch.full((1,), value, dtype=torch.int64, device=device), group)[:, 0]
 
 
 def gather_rows(x: Tensor, group: str) -> Tensor:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from math import ceil
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ from nn.attention.parallel.schedules import (
     int32,
     own_rows,
 )
+from olmo_core.distributed import collectives
 from olmo_core.distributed.collectives import count_traffic
-from olmo_core.nn.attention.parallel import ring as ring_module
 from olmo_core.nn.attention.parallel.exchange import Exchange, plan_exchange
 from olmo_core.nn.attention.parallel.layout import LAYOUTS, SpanTable
 from olmo_core.nn.attention.parallel.plan import gather_plan
@@ -186,43 +187,67 @@ def test_what_is_sent_is_what_the_plan_says(n: int) -> None:
     on_ranks(n, counted)
 
 
-def alive(rank: int, n: int) -> int:
-    """The most shards of keys that a ring has at once: made, and not yet freed."""
-    living: set[int] = set()
-    most = 0
-    real = ring_module.rotate
+class Living:
+    """Counts the tensors that :func:`collectives.exchange` sent or received and that are not freed
+    yet."""
 
-    def watch(x: Tensor) -> None:
-        nonlocal most
-        key = x.untyped_storage().data_ptr()
-        if key not in living:
-            living.add(key)
-            weakref.finalize(x.untyped_storage(), living.discard, key)
+    def __init__(self) -> None:
+        self.pointers: set[int] = set()
+        self.most = 0
+        self.real = collectives.exchange
+
+    def __enter__(self) -> Living:
+        collectives.exchange = self.exchange
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        collectives.exchange = self.real
+
+    def exchange(self, x: Tensor, *arguments: Any) -> Any:
+        pending = self.real(x, *arguments)
+        for tensor in (x, pending._held[0]):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.pointers:
+                self.pointers.add(storage.data_ptr())
+                weakref.finalize(storage, self.pointers.discard, storage.data_ptr())
         for _ in range(100):  # gloo's thread lets go of a message a moment after it has come
-            if len(living) > 2:
-                time.sleep(0.01)
-        most = max(most, len(living))
-
-    def rotate(x: Tensor, group: str) -> object:
-        pending = real(x, group)
-        watch(x)
-        watch(pending._result)
+            if len(self.pointers) > 2:
+                time.sleep(0.005)
+        self.most = max(self.most, len(self.pointers))
         return pending
 
+
+def alive(rank: int, n: int) -> tuple[int, int]:
+    """The most tensors of messages that a ring, and a gather by heads, have at once in forward."""
     cu = [0, 32 * n]
-    rows = own_rows("zig_zag", cu, rank, n)
-    ring_module.rotate = rotate
-    try:
-        *qkv, _ = (x[:, rows] for x in draw(1, cu[-1], (2, 2), 8))
-        attend_on(context_of(n, "zig_zag"), *qkv, lengths=int32(cu))
-    finally:
-        ring_module.rotate = real
-    return most
+    most = []
+    for layout, window in (("zig_zag", -1), ("balanced", -1)):
+        rows = own_rows(layout, cu, rank, n)
+        *qkv, _ = (x[:, rows] for x in draw(1, cu[-1], (5, 5), 8))
+        context = context_of(n, layout, head_stride=2)
+        with Living() as living:
+            attend_on(context, *qkv, lengths=int32(cu), window=window)
+        most.append(living.most)
+    return most[0], most[1]
 
 
 @pytest.mark.distributed
-def test_a_ring_holds_two_shards() -> None:
-    assert on_ranks(4, alive) == [2] * 4
+def test_two_shards_of_keys_or_two_groups_of_heads_are_alive() -> None:
+    """A ring has the shard that it computes with and the next. A gather has both ends of the next
+    group's message, and the group that it computes with: of that what was received, where it came
+    in order (rank 3's two chunks touch), and elsewhere a copy in the order that is wanted."""
+    assert on_ranks(4, alive) == [(2, 2), (2, 2), (2, 2), (2, 3)]
+
+
+def alone(rank: int, n: int) -> None:
+    x = torch.randn(1, 2, 3)
+    swapped = collectives.swap(x, context_of(n).everyone)
+    assert torch.equal(swapped, x) and swapped.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.distributed
+def test_a_swap_of_one_rank_is_a_copy() -> None:
+    on_ranks(1, alone)
 
 
 def same_bits(rank: int, n: int) -> None:

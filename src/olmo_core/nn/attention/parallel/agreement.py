@@ -16,19 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmo_core.distributed.collectives import gather_integers, group_named
+from olmo_core.exceptions import DisagreementError
 from olmo_core.nn.attention.parallel.readings import Reading, is_known, short
 
-__all__ = ["DisagreementError", "Facts", "agree", "announce_errors", "same_everywhere"]
+__all__ = ["Facts", "agree", "announce_errors", "same_everywhere"]
 
 _REFUSED = 0
 """What a rank sends whose own check failed. No digest is 0."""
-
-
-class DisagreementError(ValueError):
-    """Ranks that share a sequence were given different input, or one of them refused its own.
-
-    Raised on every rank that did not raise an error of its own.
-    """
 
 
 class Facts(NamedTuple):

@@ -54,8 +54,7 @@ def _backward(
     _, ranks = place_in(shard.group)
     plan = _plan(q, shard, documents_of(shard, ranks, q.shape[1], q.device))
     kernel, rng = get_kernel(shard.kernel), q.new_empty(0, dtype=torch.int64)
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     store = None
     for hq, keys, values in _gathered(q, k, v, plan, shard):
         hk = slice(hq.start * k.shape[2] // q.shape[2], hq.stop * k.shape[2] // q.shape[2])
@@ -66,7 +65,10 @@ def _backward(
             plan.segments, scale=shard.scale,
         )  # fmt: skip
         del keys, values
-        dq[:, :, hq] = part
+        if part.shape == q.shape:
+            dq = part.contiguous()
+        else:
+            dq[:, :, hq] = part
         if store is not None:
             store()
         store = _give_back(d_gathered, plan, shard, dk[:, :, hk], dv[:, :, hk])
