@@ -311,13 +311,8 @@ def test_parallelism_that_is_refused() -> None:
     layer = build()
     with pytest.raises(ValueError, match="needs a style"):
         layer.apply_cp(None)
-<<<<<<< HEAD
-    with pytest.raises(RuntimeError, match="context parallelism"):
-        layer.check_cp(None)
-=======
     with pytest.raises(TypeError, match="must be a DeviceMesh, got NoneType"):
         layer.apply_cp(None, uly=object())
->>>>>>> cpgdn
     with pytest.raises(RuntimeError, match="tensor parallelism"):
         layer.apply_tp(None)
 
