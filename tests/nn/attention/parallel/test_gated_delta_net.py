@@ -22,6 +22,7 @@ from nn.attention.parallel.test_layers import (
 )
 from olmo_core.distributed.collectives import count_traffic
 from olmo_core.nn.attention import GatedDeltaNet
+from olmo_core.nn.attention.kernels.gated_delta_rule.op import final_state, gated_delta_rule
 from olmo_core.nn.attention.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from olmo_core.nn.attention.parallel.readings import Reading
 from olmo_core.nn.attention.parallel.state_exchange import _map, state_plan
@@ -168,6 +169,19 @@ def maps_of(rank: int, n: int) -> None:
 
 def test_a_shard_is_an_affine_map() -> None:
     maps_of(0, 1)
+
+
+def test_a_state_without_outputs_is_the_same() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for tokens in (1, 31, 200):
+        q, k = torch.randn(2, 2, tokens, 2, 4, generator=generator)
+        v = torch.randn(2, tokens, 4, 6, generator=generator)
+        g, beta = torch.rand(2, 2, tokens, 4, generator=generator)
+        for initial in (None, torch.randn(2, 4, 4, 6, generator=generator)):
+            inputs = (q, k, v, -g, beta)
+            options: dict[str, Any] = {"scale": 0.5, "normalize_qk": True}
+            _, want = gated_delta_rule(*inputs, initial_state=initial, **options)
+            assert torch.equal(final_state(*inputs, initial, **options), want)
 
 
 def test_plans_of_states() -> None:

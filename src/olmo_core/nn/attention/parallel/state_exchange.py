@@ -21,6 +21,7 @@ from torch import Tensor
 
 from olmo_core.distributed.collectives import all_gather, place_in
 from olmo_core.nn.attention.kernels.gated_delta_rule.chunks import accumulation_dtype
+from olmo_core.nn.attention.kernels.gated_delta_rule.op import final_state
 from olmo_core.nn.attention.parallel.op import ARGUMENTS, LIBRARY, TAGS, Shard, documents_of
 from olmo_core.nn.attention.parallel.readings import Reading
 from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
@@ -105,15 +106,16 @@ def _map(
     inputs: tuple[Tensor, ...], plan: StatePlan, options: tuple[float, bool]
 ) -> tuple[Tensor, Tensor]:
     """N ``(b, heads, k, v)`` and M ``(b, heads, k, k)`` of the shard."""
+    scale, normalize_qk = options
     q, k, v, g, beta = inputs
     n, m = _empty_map(q, v)
     if plan.documents is not None:  # a document that starts here knows no earlier state
-        last = (x[:, plan.last_start :] for x in inputs)
-        return _rule(*last, None, None, *options, False)[1], m
+        q, k, v, g, beta = (x[:, plan.last_start :] for x in inputs)
+        return final_state(q, k, v, g, beta, None, scale=scale, normalize_qk=normalize_qk), m
     wide = torch.cat((v, v.new_zeros(*v.shape[:3], k.shape[3])), -1)
     identity = torch.eye(k.shape[3], dtype=m.dtype, device=m.device).expand_as(m)
     initial = torch.cat((torch.zeros_like(n), identity), -1)
-    both = _rule(q, k, wide, g, beta, initial, None, *options, False)[1]
+    both = final_state(q, k, wide, g, beta, initial, scale=scale, normalize_qk=normalize_qk)
     n, m = both.split((v.shape[3], k.shape[3]), -1)
     return n, m.contiguous()
 

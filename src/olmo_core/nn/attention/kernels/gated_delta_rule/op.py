@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,6 +169,8 @@ class _Form:
     forward: Callable[..., tuple[Tensor, Tensor, Saved | None]]
     backward: Callable[..., tuple[Tensor, ...]]
     saved: Callable[[Tensor, Tensor], Saved]
+    to_state: Callable[..., tuple[Tensor, Tensor, Saved | None]]
+    """``forward`` for the final state alone."""
 
 
 def _torch_saved(q: Tensor, v: Tensor) -> Saved:
@@ -179,13 +182,15 @@ def _torch_saved(q: Tensor, v: Tensor) -> Saved:
 FORMS: tuple[Row[_Form], ...] = (
     Row(
         "triton",
-        _Form(triton_forward, triton_backward, saved_like),
+        _Form(triton_forward, triton_backward, saved_like, triton_forward),
         "its kernels serve these inputs here",
         unsupported,
     ),
     Row(
         "torch",
-        _Form(chunked_forward, chunked_backward, _torch_saved),
+        _Form(
+            chunked_forward, chunked_backward, _torch_saved, partial(chunked_forward, outputs=False)
+        ),
         "runs anywhere, in any dtype",
     ),
 )
@@ -222,6 +227,26 @@ def _forward(
             save=save,
         )
     return out, state, *_saved_outputs(saved, state)
+
+
+def final_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    *,
+    scale: float,
+    normalize_qk: bool,
+) -> Tensor:
+    """The final state of :func:`gated_delta_rule` (B, HV, K, V), without its outputs where that
+    costs less. For the inside of ops: nothing is checked, and it has no gradient."""
+    with torch.autocast(q.device.type, enabled=False):
+        return _form(q, v).to_state(
+            q, k, v, g, beta, initial_state, None,
+            scale=scale, normalize_qk=normalize_qk, save=False,
+        )[1]  # fmt: skip
 
 
 def _saved_outputs(saved: Saved | None, like: Tensor) -> list[Tensor]:

@@ -73,8 +73,11 @@ def chunked_forward(
     scale: float,
     normalize_qk: bool,
     save: bool,
+    outputs: bool = True,
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """The output (B, T, HV, V), the final state (B, HV, K, V), and with ``save`` the rest.
+
+    Without ``outputs`` the first is empty, and a third of the work is left out.
 
     The arguments are those of :func:`.op.gated_delta_rule`, already checked; B is 1
     where ``cu_doc_lens`` is given.
@@ -89,7 +92,7 @@ def chunked_forward(
 
     new = q.new_empty
     N, R, C, K, V = grid.chunks, grid.rows, grid.chunk, grid.key_dim, grid.value_dim
-    out = new(grid.batch, N * C, grid.value_heads, V, dtype=v.dtype)
+    out = new(grid.batch, N * C if outputs else 0, grid.value_heads, V, dtype=v.dtype)
     outs = grid.chunked(out)
     saved = None
     if save:
@@ -120,6 +123,8 @@ def chunked_forward(
         w = work("w", n, R, C, K)
         torch.bmm(inverses, erasers.flatten(0, 1), out=w.flatten(0, 1))
         state = _scan(w, writers, decays.whole[block], updates, states, state)
+        if not outputs:
+            continue
 
         inner = values.view(n * R, C, V)
         torch.bmm(attention.flatten(0, 1), updates.flatten(0, 1), out=inner)
@@ -127,7 +132,7 @@ def chunked_forward(
         outs[block].copy_(values)
 
     final = state.view(grid.batch, grid.value_heads, K, V)
-    return grid.unpad(out), final, saved
+    return grid.unpad(out) if outputs else out, final, saved
 
 
 def query_key_factors(
