@@ -39,12 +39,8 @@ def with_fsdp(rank: int, n: int) -> None:
             assert torch.equal(whole(p), q), (name, path)
         want = [reference(one, cu_doc_lens=CU) for one in x]
         (sum(y.square().sum() for y in want) / 2).backward()
-        seen: list[dict[str, Any]] = []
-        block.mixer.register_forward_pre_hook(
-            lambda m, a, k, seen=seen: seen.append(k), with_kwargs=True
-        )
         out = block(x[mine], cu_doc_lens=CU)
-        assert seen[0]["cu_doc_lens"] is CU  # so that all layers share one reading of it
+        assert block.seen["cu_doc_lens"] is CU  # so that all layers share one reading of it
         out.square().sum().backward()
         assert error(out, want[mine]) < 1e-12, name
         check_gradients(block, reference)
