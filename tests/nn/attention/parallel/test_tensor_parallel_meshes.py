@@ -98,7 +98,7 @@ def with_context(rank: int, n: int, style: str, names: list[str]) -> None:
 
 @pytest.mark.parametrize("style", ["zig_zag", "llama3", "ulysses"])
 def test_context_parallelism_beside_it(style: str) -> None:
-    on_ranks(4, with_context, style, ["full norm, clip", "ngpt"])
+    on_ranks(4, with_context, style, ["full norm, clip", "ngpt", "gva"])
 
 
 @pytest.mark.slow
@@ -125,6 +125,19 @@ def heads_for_both(rank: int, n: int) -> None:
 
 def test_ulysses_deals_the_heads_of_one_rank() -> None:
     on_ranks(4, heads_for_both)
+
+
+def moved_rows(rank: int, n: int) -> None:
+    mesh = mesh_of(2, 2, names=("cp", "tp"))
+    layer = GatedDeltaNet(d_model=8, n_heads=2)
+    layer.apply_cp(mesh["cp"], ring=RingContextParallelStyle())
+    with pytest.raises(RuntimeError, match="moves its output's rows"):
+        layer.apply_tp(mesh["tp"], use_local_output=False)
+    layer.apply_tp(mesh["tp"])
+
+
+def test_a_delta_net_that_shares_both_has_whole_outputs() -> None:
+    on_ranks(4, moved_rows)
 
 
 def policies(rank: int, n: int) -> None:
