@@ -18,12 +18,10 @@ __all__ = ["FSDPPolicy", "fsdp_policy"]
 class FSDPPolicy:
     """What to give ``fully_shard``, before it is called on the block around the module::
 
-        policy = block.attention.fsdp_policy()
-        for group in policy.groups:
-            fully_shard(group, mesh=mesh, mp_policy=policy.mp_policy)
-        fully_shard(block, mesh=mesh, mp_policy=policy.mp_policy)
-
-    Wrap blocks, never a mixer by itself alone: what FSDP2 returns from it is a view.
+    policy = block.attention.fsdp_policy()
+    for group in policy.groups:
+        fully_shard(group, mesh=mesh, mp_policy=policy.mp_policy)
+    fully_shard(block, mesh=mesh, mp_policy=policy.mp_policy)
     """
 
     groups: list[list[nn.Module]]

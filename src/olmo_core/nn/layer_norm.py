@@ -188,7 +188,7 @@ class LayerNorm(nn.Module):
             y = y if bias is None else y + bias
         return y.to(x.dtype)
 
-    def _normalize(self, y: Tensor, share: Share | None) -> Tensor:
+    def _normalize(self, y: Tensor, share: Share | None = None) -> Tensor:
         """``y`` over its root mean square."""
         square = y.pow(2)
         if share is None:

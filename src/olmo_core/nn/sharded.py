@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["is_sharded", "local", "local_input", "mask_rows"]
+__all__ = ["is_sharded", "local", "local_input", "mask_rows", "replicated_like"]
 
 T = TypeVar("T", Tensor, "Tensor | None")
 
@@ -58,11 +58,16 @@ def local_input(x: Tensor) -> Tensor:
     return x.to_local(grad_placements=[Partial()])  # type: ignore[attr-defined]
 
 
+def replicated_like(y: Tensor, x: Tensor) -> Tensor:
+    """``y``, the same on all ranks, as a DTensor where ``x`` is one."""
+    if not is_sharded(x):
+        return y
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(y, mesh, placements, run_check=False)
+
+
 def mask_rows(x: Tensor, mask: Tensor) -> Tensor:
     """``x`` (B, T, d) with zeros where ``mask`` (B, T), a plain tensor, is True."""
-    mask = mask.unsqueeze(-1)
-    if is_sharded(x):
-        from torch.distributed.tensor import DTensor
-
-        mask = DTensor.from_local(mask, x.device_mesh, x.placements, run_check=False)  # type: ignore[attr-defined]
-    return x.masked_fill(mask, 0)
+    return x.masked_fill(replicated_like(mask.unsqueeze(-1), x), 0)

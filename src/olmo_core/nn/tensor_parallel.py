@@ -73,8 +73,11 @@ class SharesWidth(nn.Module):
     """This rank's place among those that share the layer, after :meth:`apply_tp`."""
 
     def tensor_parallel_table(self) -> TensorParallelTable:
-        """How :meth:`apply_tp` deals the parameters."""
-        raise NotImplementedError
+        """How :meth:`apply_tp` deals the parameters. A layer without one can't be dealt."""
+        raise RuntimeError(
+            f"{type(self).__name__} does not support tensor parallelism: it has no "
+            "tensor_parallel_table(). Write one, or shard its parameters instead (FSDP)."
+        )
 
     def apply_tp(
         self,

@@ -89,6 +89,7 @@ class Block(nn.Module):
         self.mixer = mixer
 
     def forward(self, x: Tensor, **keywords: Any) -> Tensor:
+        self.seen = keywords
         return x + self.mixer(x, **keywords)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from gloo_ranks import on_ranks
 from nn.attention.parallel.sharing import (
@@ -23,6 +24,7 @@ from olmo_core.nn.attention import Attention, GatedDeltaNet
 from olmo_core.nn.feed_forward import FeedForward
 from olmo_core.nn.init import InitMethod
 from olmo_core.nn.sharded import is_sharded
+from olmo_core.nn.tensor_parallel import SharesWidth
 
 pytestmark = pytest.mark.distributed
 
@@ -215,3 +217,40 @@ def test_every_mixer_compiles() -> None:
 @pytest.mark.slow
 def test_compiles_with_inductor() -> None:
     on_ranks(2, compiled, "inductor", ["full norm, clip", "gva"], timeout=500)
+
+
+def in_other_modes(rank: int, n: int) -> None:
+    """The tables' rows of the gathered sequence; activation checkpointing; autocast."""
+    from torch.distributed.tensor import Shard
+
+    x, dout = torch.randn(2, 2, 12, D, dtype=torch.float64)
+    half = slice(6 * rank, 6 * rank + 6)
+    for name in ("full norm, clip", "fused", "gva"):
+        whole, layer = make(name), make(name)
+        layer.apply_tp(mesh_of(n), Shard(1), Shard(1))
+        keywords = {}
+        if name in SOFTMAX:
+            sin, cos, _ = whole.rope.get_buffers(24, "cpu", dtype=torch.float64)
+            keywords = {"pos_sin": sin[1::2], "pos_cos": cos[1::2]}
+        want = whole(x, **keywords)
+        want.backward(dout)
+        out = checkpoint(layer, x[:, half], use_reentrant=False, **keywords)
+        out.backward(dout[:, half])
+        assert error(out, want[:, half]) < 1e-12, name
+        check_gradients(layer, whole)
+
+        whole, layer = make(name).float(), make(name).float()
+        layer.apply_tp(mesh_of(n))
+        with torch.autocast("cpu", torch.bfloat16):
+            want, out = whole(x.float()), layer(x.float())
+        assert out.dtype == want.dtype == torch.bfloat16
+        assert error(out.double(), want.double()) < 0.05, name
+
+
+def test_tables_checkpointing_and_autocast() -> None:
+    on_ranks(2, in_other_modes)
+
+
+def test_a_layer_without_a_table_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="does not support tensor parallelism"):
+        SharesWidth().tensor_parallel_table()

@@ -39,12 +39,8 @@ def with_fsdp(rank: int, n: int) -> None:
             assert torch.equal(whole(p), q), (name, path)
         want = [reference(one, cu_doc_lens=CU) for one in x]
         (sum(y.square().sum() for y in want) / 2).backward()
-        seen: list[dict[str, Any]] = []
-        block.mixer.register_forward_pre_hook(
-            lambda m, a, k, seen=seen: seen.append(k), with_kwargs=True
-        )
         out = block(x[mine], cu_doc_lens=CU)
-        assert seen[0]["cu_doc_lens"] is CU  # so that all layers share one reading of it
+        assert block.seen["cu_doc_lens"] is CU  # so that all layers share one reading of it
         out.square().sum().backward()
         assert error(out, want[mine]) < 1e-12, name
         check_gradients(block, reference)
@@ -102,7 +98,7 @@ def with_context(rank: int, n: int, style: str, names: list[str]) -> None:
 
 @pytest.mark.parametrize("style", ["zig_zag", "llama3", "ulysses"])
 def test_context_parallelism_beside_it(style: str) -> None:
-    on_ranks(4, with_context, style, ["full norm, clip", "ngpt"])
+    on_ranks(4, with_context, style, ["full norm, clip", "ngpt", "gva"])
 
 
 @pytest.mark.slow
@@ -129,6 +125,19 @@ def heads_for_both(rank: int, n: int) -> None:
 
 def test_ulysses_deals_the_heads_of_one_rank() -> None:
     on_ranks(4, heads_for_both)
+
+
+def moved_rows(rank: int, n: int) -> None:
+    mesh = mesh_of(2, 2, names=("cp", "tp"))
+    layer = GatedDeltaNet(d_model=8, n_heads=2)
+    layer.apply_cp(mesh["cp"], ring=RingContextParallelStyle())
+    with pytest.raises(RuntimeError, match="moves its output's rows"):
+        layer.apply_tp(mesh["tp"], use_local_output=False)
+    layer.apply_tp(mesh["tp"])
+
+
+def test_a_delta_net_that_shares_both_has_whole_outputs() -> None:
+    on_ranks(4, moved_rows)
 
 
 def policies(rank: int, n: int) -> None:

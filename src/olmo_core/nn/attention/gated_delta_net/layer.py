@@ -6,6 +6,7 @@ Shapes in comments: B batch, T tokens, H key heads, HV value heads, K head_k_dim
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from olmo_core.nn.functional import compute_dtype
 from olmo_core.nn.init import InitMethod, copy_into
 from olmo_core.nn.layer_norm import RMSNorm
 from olmo_core.nn.projections import project
-from olmo_core.nn.sharded import local, mask_rows
+from olmo_core.nn.sharded import is_sharded, local, mask_rows, replicated_like
 from olmo_core.nn.tensor_parallel import TensorParallel, TensorParallelTable
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ _SERVED = (
 _BOUNDS = ("max_doc_len", "max_doc_len_q", "max_doc_len_k")
 _NO_EFFECT = ("pos_sin", "pos_cos", "freqs_cis")
 
-_NOT_BOTH = (
-    "A gated delta net can't share its heads (apply_tp) and its sequence (apply_cp) at once in "
-    "this version. Use one of them: apply_cp with Ulysses deals heads too."
+_WHOLE_OUTPUT = (
+    "A gated delta net that shares its sequence (apply_cp) moves its output's rows, which a sharded "
+    "or DTensor output does not allow. Call apply_tp without output_layout and use_local_output."
 )
 
 # exp(A_log) starts uniform in (_A_MIN, 16): at 0 its logarithm would be -inf, for good.
@@ -191,14 +192,17 @@ class GatedDeltaNet(SequenceMixer):
                 call.segments.lengths, local=call.segments.local, window=self.conv_size,
                 scale=self.head_k_dim**-0.5, kernel=str(self._sizes),
             )  # fmt: skip
-            x, shard = to_contiguous(x, context, shard)
+            # All ranks that share the heads move the same rows: a gradient that they have summed.
+            rows = x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
+            rows, shard = to_contiguous(rows, context, shard)
+            x = replicated_like(rows, x)
         linears = (self.w_q, self.w_k, self.w_v, self.w_a, self.w_b, self.w_g)
         *projected, a, b, gate = project(linears, x)
         A_log, dt_bias = local(self.A_log), local(self.dt_bias)
         g, beta = decay_gates(a, b, A_log, dt_bias, padding, double=self.allow_neg_eigval)
         if context is not None and shard is not None:
             out = mix_shard(
-                context, shard, projected, g, beta, sizes=self._sizes,
+                context, shard, projected, g, beta, sizes=self._own_sizes(self.tensor_parallel),
                 convolutions=self._convolutions, choose_rule=self.choose_rule,
             )  # fmt: skip
         elif self.kv_cache_manager is None:
@@ -258,14 +262,23 @@ class GatedDeltaNet(SequenceMixer):
 
     def check_cp(self, context: ContextParallel) -> None:
         super().check_cp(context)
-        check_value_heads(self.n_heads, self.n_v_heads, context.ulysses_degree)
-        if self.tensor_parallel is not None:
-            raise RuntimeError(_NOT_BOTH)
+        self._check_both(context, self.tensor_parallel)
 
     def check_tp(self, place: TensorParallel) -> None:
         super().check_tp(place)
         if self.context is not None:
-            raise RuntimeError(_NOT_BOTH)
+            self._check_both(self.context, place)
+
+    def _check_both(self, context: ContextParallel, place: TensorParallel | None) -> None:
+        sizes = self._own_sizes(place)
+        check_value_heads(sizes.n_heads, sizes.n_v_heads, context.ulysses_degree)
+        if place is not None and not place.whole_output:
+            raise RuntimeError(_WHOLE_OUTPUT)
+
+    def _own_sizes(self, place: TensorParallel | None) -> GatedDeltaNetSizes:
+        """The layer's, with the heads that each rank of a tensor-parallel group has."""
+        n = 1 if place is None else place.degree
+        return replace(self._sizes, n_heads=self.n_heads // n, n_v_heads=self.n_v_heads // n)
 
     def init_kv_cache_manager(
         self, batch_size: int, max_seq_len: int, *, max_rollback: int = 0
@@ -281,14 +294,14 @@ class GatedDeltaNet(SequenceMixer):
         :raises RuntimeError: If the layer is sharded.
         """
         self.refuse_cache_under_cp()
-        ranks = 1 if self.tensor_parallel is None else self.tensor_parallel.degree
+        sizes = self._own_sizes(self.tensor_parallel)
         self.kv_cache_manager = RecurrentCache(
             batch_size,
             max_seq_len,
-            conv_channels=self._sizes.conv_channels // ranks,
+            conv_channels=sizes.conv_channels,
             conv_size=self.conv_size,
-            n_heads=self.n_heads // ranks,
-            n_v_heads=self.n_v_heads // ranks,
+            n_heads=sizes.n_heads,
+            n_v_heads=sizes.n_v_heads,
             head_k_dim=self.head_k_dim,
             head_v_dim=self.head_v_dim,
             device=self.w_out.weight.device,

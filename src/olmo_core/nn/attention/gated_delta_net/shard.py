@@ -22,7 +22,8 @@ from olmo_core.nn.attention.parallel.plan import WHOLE
 from olmo_core.nn.attention.parallel.state_exchange import sharded_gated_delta_rule
 from olmo_core.nn.attention.parallel.ulysses import swap_heads
 from olmo_core.nn.convolution import CausalConv1d, convolve_streams
-from olmo_core.nn.dispatch import cast_for_autocast, is_plain
+from olmo_core.nn.dispatch import cast_for_autocast, is_heard
+from olmo_core.nn.sharded import local
 
 __all__ = ["check_value_heads", "mix_shard"]
 
@@ -58,14 +59,13 @@ def mix_shard(
     :param g: (B, T, HV); likewise ``beta``.
     :param choose_rule: From q and v to a choice whose ``run`` is like :func:`.gated_delta_rule`.
     """
-    if not all(is_plain(conv) for conv in convolutions):
+    if any(is_heard(conv) for conv in convolutions):
         raise RuntimeError(
             "Under context parallelism each rank convolves with a part of the weights, so hooks of "
-            "q_conv1d, k_conv1d and v_conv1d would not run, and their parameters must be plain "
-            "tensors. Remove the hooks, or hook the whole layer."
+            "q_conv1d, k_conv1d and v_conv1d would not run. Remove the hooks, or hook the whole layer."
         )
-    weights: list[Any] = [conv.weight for conv in convolutions]
-    biases: list[Any] = [conv.bias for conv in convolutions]
+    weights: list[Any] = [local(conv.weight) for conv in convolutions]
+    biases: list[Any] = [local(conv.bias) for conv in convolutions]
     silu = convolutions[0].activation == "silu"
     if context.ulysses_group:
         projected, g, beta, shard = _swapped(context, shard, projected, g, beta, sizes)
