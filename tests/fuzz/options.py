@@ -79,7 +79,7 @@ def draw(seed: int, compiler: str | None = None) -> Case:
     """
     r = Random(seed)
     d_model = r.choice((8, 12, 16, 24))
-    depth = r.choice((1, 1, 1, 2) if compiler else (1, 1, 1, 1, 2, 3))  # compiling takes long
+    depth = r.choice((1, 1, 1, 1, 2) if compiler else (1, 1, 1, 1, 2, 3))  # compiling takes long
     layers = tuple(_layer(r, d_model) for _ in range(depth))
     case = Case(seed, layers, d_model, r.randint(1, 3), _length(r), compiler=compiler)
     dtype = r.choice(("float64", "float64", "float64", "float32", "float32", "bfloat16", "float16"))
@@ -210,7 +210,7 @@ def _length(r: Random) -> int:
     """Around the sizes of blocks and chunks, too."""
     usual = r.choice((1, 2, 3, r.randint(4, 24), r.randint(4, 24), r.randint(31, 33),
                       r.randint(34, 70)))  # fmt: skip
-    return usual if r.random() < 0.95 else r.randint(120, 300)
+    return usual if r.random() < 0.97 else r.randint(120, 300)
 
 
 def _with_lengths(r: Random, case: Case) -> Case:

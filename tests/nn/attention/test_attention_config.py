@@ -109,6 +109,11 @@ def test_no_global_rope() -> None:
     )
     layers = [config.build(16, layer_idx=i, n_layers=3) for i in range(3)]
     assert [layer.rope is None for layer in layers] == [True, False, True]
+    direct = [
+        Attention(d_model=16, n_heads=4, rope=RoPEConfig(no_global_rope=True), window_size=window)
+        for window in (None, 4)
+    ]
+    assert [layer.rope is None for layer in direct] == [True, False]
 
 
 def test_layers_share_rope_tables() -> None:
