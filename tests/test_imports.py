@@ -81,6 +81,7 @@ LAYERS = [
     ],
     [
         "olmo_core.nn.attention.attention",
+        "olmo_core.nn.attention.fused_attention",
         "olmo_core.nn.attention.softmax_attention",
         "olmo_core.nn.attention.recurrent",
         "olmo_core.nn.attention.gated_delta_net",

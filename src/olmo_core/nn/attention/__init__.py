@@ -1,6 +1,6 @@
 """Sequence mixers: softmax attention in three variants, and the gated delta net."""
 
-from olmo_core.nn.attention.attention import Attention, FusedAttention, NormalizedAttention
+from olmo_core.nn.attention.attention import Attention, NormalizedAttention
 from olmo_core.nn.attention.backend import (
     AttentionBackend,
     AttentionBackendName,
@@ -18,6 +18,7 @@ from olmo_core.nn.attention.config import (
     GateGranularity,
     SlidingWindowAttentionConfig,
 )
+from olmo_core.nn.attention.fused_attention import FusedAttention
 from olmo_core.nn.attention.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from olmo_core.nn.attention.ring import (
     BalancedLoadBalancer,

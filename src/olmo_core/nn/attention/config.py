@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from olmo_core.config import Config, DType, StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.attention.attention import Attention, FusedAttention, NormalizedAttention
+from olmo_core.nn.attention.attention import Attention, NormalizedAttention
 from olmo_core.nn.attention.backend import AttentionBackendName
 from olmo_core.nn.attention.base import SequenceMixer, SequenceMixerConfig
+from olmo_core.nn.attention.fused_attention import FusedAttention
 from olmo_core.nn.attention.gate import GateConfig, GateGranularity
 from olmo_core.nn.attention.softmax_attention import AttentionShape
 from olmo_core.nn.layer_norm import LayerNormConfig
