@@ -50,7 +50,8 @@ _NO_EFFECT = ("pos_sin", "pos_cos", "freqs_cis")
 
 _WHOLE_OUTPUT = (
     "A gated delta net that shares its sequence (apply_cp) moves its output's rows, which a "
-    "sharded or DTensor output does not allow. Call apply_tp without output_layout and use_local_output."
+    "sharded or DTensor output does not allow. Call apply_tp without output_layout "
+    "and use_local_output."
 )
 
 # exp(A_log) starts uniform in (_A_MIN, 16): at 0 its logarithm would be -inf, for good.

@@ -62,7 +62,8 @@ def mix_shard(
     if any(is_heard(conv) for conv in convolutions):
         raise RuntimeError(
             "Under context parallelism each rank convolves with a part of the weights, so hooks of "
-            "q_conv1d, k_conv1d and v_conv1d would not run. Remove the hooks, or hook the layer."
+            "q_conv1d, k_conv1d and v_conv1d would not run. Remove the hooks, or hook the "
+            "whole layer."
         )
     weights: list[Any] = [local(conv.weight) for conv in convolutions]
     biases: list[Any] = [local(conv.bias) for conv in convolutions]
