@@ -146,7 +146,7 @@ def trained(rank: int, n: int, style: str, steps: int) -> None:
     sharded = copy.deepcopy(whole)
     arguments, balancer = place(style, n)
     sharded.apply_cp(**arguments)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (whole, sharded)]
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (whole, sharded)]
     text = torch.tensor(list((__doc__ * 8).encode()))[None]
     cu = int32([0, 13, 14, 60, 61, 100, 128])
     losses: list[list[float]] = [[], []]
@@ -171,7 +171,8 @@ def trained(rank: int, n: int, style: str, steps: int) -> None:
             optimizers[i].step()
             losses[i].append(float(total))
     assert losses[0][-1] < losses[0][0]
-    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-10
+    apart = [abs(a - b) for a, b in zip(*losses, strict=True)]
+    assert max(apart) < 1e-10, apart
 
 
 @pytest.mark.parametrize("style", ["llama3", "zig_zag"])
