@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["OLMoConfigurationError", "OLMoError"]
+__all__ = ["DisagreementError", "OLMoConfigurationError", "OLMoError"]
 
 
 class OLMoError(Exception):

@@ -84,8 +84,7 @@ def test_the_gated_delta_net_keeps_the_promise() -> None:
     outcomes = check(["gated_delta_net"], sharded=True)
     assert not failed(outcomes)
     assert outcomes["gdn", "rollback"].status == "passed"
-    skipped = {prop: o.reasons for (_, prop), o in outcomes.items() if o.status == "skipped"}
-    assert set(skipped) == {"zig_zag", "llama3", "balanced", "ulysses"} and all(skipped.values())
+    assert all(o.status == "passed" for o in outcomes.values())
 
 
 def test_a_forgetful_convolution_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,14 +196,13 @@ def _sharded(style: RingAttentionLoadBalancerType) -> Property:
     """A load balancer's shards on two ranks, with and without documents."""
 
     def check(subject: Subject, layer: SequenceMixer, dtype: torch.dtype) -> list[Comparison]:
-        assert isinstance(layer, SoftmaxAttention) and layer.backend.name is not None
-        backend = str(layer.backend.name)
+        backend = layer.backend.name if isinstance(layer, SoftmaxAttention) else "torch"
         return [
             c._replace(what=f"{c.what} ({problem})")
             for problem in ("whole", "documents")
             for c in subject.compare(
                 sharded_answer(
-                    subject.mixer.name, backend, dtype, subject.device, str(style), problem
+                    subject.mixer.name, str(backend), dtype, subject.device, str(style), problem
                 ),
                 subject.truth(problem),
                 problem,

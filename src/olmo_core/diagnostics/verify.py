@@ -167,8 +167,6 @@ def run(todo: Iterable[Cell], device: torch.device) -> Iterator[Outcome]:
         if cell.dtype == torch.float64 and device.type == "mps":
             reasons.append("mps has no float64")
         prop = None if cell.mixer == KERNEL else PROPERTIES[cell.prop]
-        if prop is not None and prop.is_sharded and not MIXERS[cell.mixer].has_backend:
-            reasons.append("context parallelism of the gated delta net is not in this version")
         if reasons:
             yield Outcome(cell, "skipped", reasons=tuple(reasons))
             continue
