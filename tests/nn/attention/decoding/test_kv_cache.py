@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nn.attention.reference import relative
 from nn.attention.test_attention import LAYERS, each_layer
-from olmo_core.nn.attention import TorchAttentionBackend, backend, selection
+from olmo_core.nn.attention import TorchAttentionBackend, sdpa, selection
 from olmo_core.nn.attention.capabilities import CAPABILITIES
 from olmo_core.nn.attention.kernels import softmax as kernels
 from olmo_core.nn.attention.kernels.softmax import Feature
@@ -341,13 +341,13 @@ def test_autocast_picks_a_kernel_for_what_it_is_handed(
     x = torch.randn(2, 12, 16)
     asked: list[torch.dtype] = []
     spy = Spy(kernels.get_kernel("torch"))
-    choose = backend.kernel_for
+    choose = sdpa.kernel_for
 
     def kernel_for(name: Any, device: str, dtype: torch.dtype, *args: Any) -> str:
         asked.append(dtype)
         return choose(name, device, dtype, *args)
 
-    monkeypatch.setattr(backend, "kernel_for", kernel_for)
+    monkeypatch.setattr(sdpa, "kernel_for", kernel_for)
     monkeypatch.setitem(kernels._KERNELS, "torch", spy)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         want = layer(x)
@@ -380,10 +380,10 @@ def test_what_the_row_lacks_is_refused(
 ) -> None:
     row = CAPABILITIES["torch"]
     row = dataclasses.replace(row, missing={**row.missing, Feature(feature): "says the test"})
-    for module in (backend, selection):
+    for module in (sdpa, selection):
         monkeypatch.setattr(module, "CAPABILITIES", {**CAPABILITIES, "torch": row})
     monkeypatch.setattr(selection, "_CHOSEN", {})
-    monkeypatch.setattr(backend, "_SERVED_STEPS", set())
+    monkeypatch.setattr(sdpa, "_SERVED_STEPS", set())
     layer = LAYERS["attention"](backend="torch", window_size=8).eval()
     layer.backend.fallback = False
     layer.kv_cache_manager = KVCacheManager(1, 8, 2, 4, dtype=torch.float32)
