@@ -102,8 +102,10 @@ def _torch_step(
     # q reads the new state: the decayed one plus outer(k, update).
     query, key = qk.unbind(2)
     out = read[:, :, 0] + (query * key).sum(-1, keepdim=True) * update
+    out = (out * scale).to(v.dtype)
+    # Last, so that a step which runs out of memory leaves the state as it was.
     state.mul_(decay).addcmul_(key.unsqueeze(-1), update.unsqueeze(-2))
-    return (out * scale).to(v.dtype), update
+    return out, update
 
 
 STEPS: tuple[Row[Callable[..., tuple[Tensor, Tensor]]], ...] = (
