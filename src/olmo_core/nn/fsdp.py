@@ -16,12 +16,14 @@ __all__ = ["FSDPPolicy", "fsdp_policy"]
 
 @dataclass(frozen=True)
 class FSDPPolicy:
-    """What to give ``fully_shard``, before it is called on the block around the module::
+    """What to give ``fully_shard``, before it is called on the block around the module.
 
-    policy = block.attention.fsdp_policy()
-    for group in policy.groups:
-        fully_shard(group, mesh=mesh, mp_policy=policy.mp_policy)
-    fully_shard(block, mesh=mesh, mp_policy=policy.mp_policy)
+    ::
+
+        policy = block.attention.fsdp_policy()
+        for group in policy.groups:
+            fully_shard(group, mesh=mesh, mp_policy=policy.mp_policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy.mp_policy)
     """
 
     groups: list[list[nn.Module]]
