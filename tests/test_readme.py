@@ -79,7 +79,11 @@ def test_the_context_parallel_example_runs_as_readme_says(tmp_path: Path) -> Non
         timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["sharded = whole: True"] * 2
+    # Two processes write to one pipe, word by word where they do not buffer.
+    assert sorted(re.findall(r"sharded = whole:|True|False", done.stdout)) == [
+        *["True"] * 2,
+        *["sharded = whole:"] * 2,
+    ]
     assert "torchrun --nproc-per-node 2 example.py" in README
 
 
