@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from olmo_core.nn import lengths as lengths_module
 from olmo_core.nn.attention import Attention, FusedAttention, GatedDeltaNet, NormalizedAttention
 from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.lengths import (
@@ -106,6 +110,66 @@ def test_bytes_that_change_behind_identity_and_version(change: Any, kind: str) -
     change(static, bad)
     with pytest.raises(ValueError, match="must end at"):
         layer(x, cu_doc_lens=static)
+
+
+@pytest.mark.parametrize("kind", [*LAYERS])
+def test_where_reading_waits_a_tensor_is_read_once_and_asserted_always(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """What the door does on a GPU, done here: no reading is taken for the bytes of now."""
+    monkeypatch.setattr(lengths_module, "_waits", lambda lengths: True)
+    reads: list[int] = []
+    host_lengths = lengths_module.host_lengths
+    monkeypatch.setattr(
+        lengths_module, "host_lengths", lambda cu: reads.append(1) or host_lengths(cu)
+    )
+    layer, x = LAYERS[kind](), torch.randn(1, 10, 16)
+    static = cu(0, 4, 10)
+    for want in (cu(0, 4, 10), cu(0, 7, 10), cu(0, 1, 10)):
+        static.data.copy_(want)
+        got, reads_before = layer(x, cu_doc_lens=static), len(reads)
+        assert torch.equal(got, layer(x, cu_doc_lens=want.clone()))
+        assert reads_before == 1
+        reads.clear()
+        reads.append(1)  # the static buffer's own
+    for bad in (cu(0, 7, 11), cu(1, 7, 10), cu(0, 11, 10)):
+        static.data.copy_(bad)
+        with pytest.raises(RuntimeError, match="does not describe"):
+            layer(x, cu_doc_lens=static)
+        with pytest.raises(ValueError, match="must"):
+            layer(x, cu_doc_lens=bad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [*LAYERS])
+def test_a_static_buffer_on_a_gpu(kind: str) -> None:
+    layer, x = LAYERS[kind]().cuda(), torch.randn(1, 10, 16, device="cuda")
+    static = cu(0, 4, 10).cuda()
+    for want in (cu(0, 4, 10), cu(0, 7, 10)):
+        static.data.copy_(want)
+        assert torch.equal(layer(x, cu_doc_lens=static), layer(x, cu_doc_lens=want.cuda()))
+    strided = torch.stack([static, static + 9], dim=1)[:, 0]
+    assert torch.equal(layer(x, cu_doc_lens=strided), layer(x, cu_doc_lens=static))
+
+
+@pytest.mark.gpu
+def test_bad_lengths_in_a_static_buffer_end_a_gpu_process() -> None:
+    script = """
+import torch
+from olmo_core.nn.attention import Attention
+layer, x = Attention(d_model=16, n_heads=2, init_device="cuda"), torch.randn(1, 10, 16).cuda()
+static = torch.tensor([0, 4, 10], dtype=torch.int32, device="cuda")
+layer(x, cu_doc_lens=static)
+static.data[2] = 11
+layer(x, cu_doc_lens=static)
+torch.cuda.synchronize()
+"""
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode != 0 and "does not describe" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("kind", [*LAYERS])

@@ -126,16 +126,21 @@ def check_leftpad(leftpad: Tensor, batch: int, longest: int) -> None:
 def _host_checks(lengths: Tensor, bounds: tuple[int | None, ...]) -> bool:
     if not can_be_read(lengths):
         return False
-    return not lengths.is_cuda or bounds not in _READ.get(lengths, ())
+    return not _waits(lengths) or bounds not in _READ.get(lengths, ())
 
 
 def _note(lengths: Tensor, bounds: tuple[int | None, ...]) -> None:
-    if lengths.is_cuda:
+    if _waits(lengths):
         _READ.setdefault(lengths, set()).add(bounds)
 
 
 def _device_checks(lengths: Tensor) -> bool:
-    return lengths.is_cuda or not can_be_read(lengths)
+    return _waits(lengths) or not can_be_read(lengths)
+
+
+def _waits(lengths: Tensor) -> bool:
+    """Whether a reading waits for the device."""
+    return lengths.is_cuda
 
 
 def document_positions(cu: Tensor, total: int) -> Tensor:

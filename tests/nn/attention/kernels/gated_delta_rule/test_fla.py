@@ -11,7 +11,7 @@ from olmo_core.nn.attention.kernels.gated_delta_rule import fla
 
 
 def test_a_failing_probe_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    fla._probe.cache_clear()
+    fla._probed.cache_clear()
 
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("refuses to run on this GPU\nand more")
@@ -19,15 +19,29 @@ def test_a_failing_probe_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fla, "fla_gated_delta_rule", broken)
     usable, reason = fla._probe("cpu", 1)
     assert not usable and reason == "fla's probe failed: RuntimeError: refuses to run on this GPU"
-    fla._probe.cache_clear()
+    fla._probed.cache_clear()
     monkeypatch.setattr(fla, "fla_gated_delta_rule", fla.gated_delta_rule)
     assert fla._probe("cpu", 2)[0]
-    fla._probe.cache_clear()
+    fla._probed.cache_clear()
     wrong = lambda *x, **o: fla.gated_delta_rule(*x, **{**o, "scale": 1.0})  # noqa: E731
     monkeypatch.setattr(fla, "fla_gated_delta_rule", wrong)
     usable, reason = fla._probe("cpu", 1)
     assert not usable and "is off by" in reason
-    fla._probe.cache_clear()
+    fla._probed.cache_clear()
+
+
+def test_a_probe_without_memory_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fla._probed.cache_clear()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fla, "fla_gated_delta_rule", full)
+        assert fla._probe("cpu", 1) == (False, "fla's probe found no memory")
+    monkeypatch.setattr(fla, "fla_gated_delta_rule", fla.gated_delta_rule)
+    assert fla._probe("cpu", 1)[0]
+    fla._probed.cache_clear()
 
 
 @pytest.mark.parametrize(

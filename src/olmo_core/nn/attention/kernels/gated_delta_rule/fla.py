@@ -96,11 +96,21 @@ def _refusal(device: torch.device) -> tuple[bool, str] | None:
     )
 
 
-@cache
 def _probe(device: str, group: int) -> tuple[bool, str]:
+    """Remembered, but for what failed for want of memory: that may work later."""
+    try:
+        return _probed(device, group)
+    except torch.OutOfMemoryError:
+        return False, "fla's probe found no memory"
+
+
+@cache
+def _probed(device: str, group: int) -> tuple[bool, str]:
     try:
         with torch.enable_grad(), torch.inference_mode(False):
             error = _measure(device, group)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # whatever a library does wrong is the answer
         lines = str(e).strip().splitlines() or [""]
         return False, f"fla's probe failed: {type(e).__name__}: {lines[0][:200]}"
