@@ -155,19 +155,17 @@ def convolve_together(
 ) -> list[Tensor]:
     """What each of up to three convolutions gives for its input: in one launch each way on a GPU.
 
-    Modules with hooks are called one by one.
+    Modules with hooks are called one by one, and check the lengths themselves.
 
     :param convolutions: Of one kernel size and activation, all with a bias or none.
     :param xs: (B, T, C) each, with one B and T.
     :param states: As :meth:`CausalConv1d.forward` takes them: for all, or None.
     :param checked: ``cu_doc_lens`` is known to describe the tokens.
     """
-    # Imported here: the attention package imports this module.
-    from olmo_core.nn.attention.kernels.triton_driver import INTERPRETED
-
+    one_token = states is not None and cu_doc_lens is None and xs[0].shape[1] == 1
     states = [None] * len(xs) if states is None else states
-    together = xs[0].is_cuda or INTERPRETED
-    if not together or any(is_heard(conv) for conv in convolutions):
+    # On a CPU the module has a form for one token.
+    if any(is_heard(conv) for conv in convolutions) or (one_token and not xs[0].is_cuda):
         each = zip(convolutions, xs, states, strict=True)
         return [conv(x, cu_doc_lens, state=state) for conv, x, state in each]
     for conv, x, state in zip(convolutions, xs, states, strict=True):

@@ -109,3 +109,17 @@ def test_compiled_decoding_compiles_once(make: Any, window: int | None) -> None:
             out.append(compiled(x[:, t : t + 1]))
     torch.testing.assert_close(torch.cat(out, dim=1), want)
     assert graphs() == 1
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, "delta"])
+def test_lengths_are_asserted_once_a_layer(kind: str) -> None:
+    layer = GatedDeltaNet(d_model=16, n_heads=2) if kind == "delta" else LAYERS[kind]()
+    asserted: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        asserted.append(sum(node.target is torch._assert_async for node in graph.graph.nodes))
+        return graph
+
+    x, cu = torch.randn(1, 8, 16), torch.tensor([0, 3, 8], dtype=torch.int32)
+    torch.compile(layer, fullgraph=True, backend=counting)(x, cu_doc_lens=cu)
+    assert asserted == [1]
