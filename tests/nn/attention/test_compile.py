@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from nn.attention.test_attention import LAYERS, each_layer
+from olmo_core.nn.attention import GatedDeltaNet
 
 
 @pytest.fixture(autouse=True)
