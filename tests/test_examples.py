@@ -29,6 +29,7 @@ def test_training() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_packed_documents() -> None:
     pytest.importorskip("transformers")
     shown = re.findall(

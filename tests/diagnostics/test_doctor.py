@@ -69,6 +69,7 @@ def test_this_machine() -> None:
     json.dumps(report.as_dict())
 
 
+@pytest.mark.slow
 def test_processes_try_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where kernels compile and libraries crash."""
     announced: list[str] = []

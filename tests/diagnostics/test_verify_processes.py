@@ -27,6 +27,7 @@ def run(cells, device):
 """
 
 
+@pytest.mark.slow
 def test_processes_answer_as_one_does() -> None:
     todo = [c for c in cells(["window", "gdn"], ["torch"]) if c.dtype == torch.float64]
     todo = [c for c in todo if c.prop in ("whole", "rollback", "ring")]

@@ -23,7 +23,7 @@ def graphs() -> int:
 
 
 @each_layer
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 5])
 def test_fullgraph(make: Any, window: int | None) -> None:
     layer = make(window_size=window)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
