@@ -11,22 +11,24 @@ import torch
 
 from olmo_core.diagnostics import reference, reference_recurrent
 from olmo_core.diagnostics.mixers import MIXERS
-from olmo_core.diagnostics.reference import causal_mask, dense_attention, positions, rotate
+from olmo_core.diagnostics.reference import causal_mask, positions, rotate
 from olmo_core.diagnostics.subject import BATCH, TOKENS, Subject
+from olmo_core.nn.attention.kernels.gated_delta_rule import reference as rule
+from olmo_core.nn.attention.kernels.softmax import reference as softmax
+from olmo_core.nn.attention.kernels.softmax.reference import dense_attention
 from olmo_core.nn.rope import RoPEConfig, RoPEType
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("module", [reference, reference_recurrent])
+@pytest.mark.parametrize("module", [reference, reference_recurrent, softmax, rule])
 def test_it_shares_no_code_with_what_it_checks(module: object) -> None:
     source = Path(str(module.__file__)).read_text()  # type: ignore[attr-defined]
-    imported = {
-        node.module: [alias.name for alias in node.names]
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.ImportFrom) and node.module
-    }
+    imports = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
+    assert not any(node.level for node in imports)
+    imported = {node.module or "": [alias.name for alias in node.names] for node in imports}
     ours = {m: names for m, names in imported.items() if m.startswith("olmo_core.nn")}
+    ours = {m: names for m, names in ours.items() if not m.endswith(".reference")}  # checked here
     data = ("Config", "Type", "Granularity")
     assert all(name.endswith(data) for names in ours.values() for name in names)
 

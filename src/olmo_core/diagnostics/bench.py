@@ -19,8 +19,8 @@ from torch import Tensor
 
 from olmo_core.diagnostics.bench_cases import BenchCase, Problem, Settings
 from olmo_core.diagnostics.contenders import Attend, Contender, Unavailable
-from olmo_core.diagnostics.measures import row_error
-from olmo_core.diagnostics.reference import dense_attention
+from olmo_core.nn.attention.kernels.softmax.reference import dense_attention
+from olmo_core.nn.functional import largest_row_error
 
 __all__ = ["Measurement", "Plan", "median_ms", "peak_bytes", "plan", "run"]
 
@@ -145,7 +145,7 @@ def _error(attend: Attend, p: Problem) -> float:
     want = [truth]
     if p.case != BenchCase.decode:
         want += torch.autograd.grad(truth, exact, p.dout.to(truth))
-    return max(row_error(a, b) for a, b in zip(got, want, strict=True))
+    return largest_row_error(got, want)
 
 
 def median_ms(call: Callable[[], object], device: torch.device, seconds: float) -> float:

@@ -17,18 +17,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from olmo_core.diagnostics.measures import Comparison, bound, reference_dtype, row_error
-from olmo_core.diagnostics.reference import dense_attention
+from olmo_core.diagnostics.measures import Comparison, bound, reference_dtype
 from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.config import AttentionBackendName
 from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
 from olmo_core.nn.attention.kernels.softmax import Feature, get_kernel
+from olmo_core.nn.attention.kernels.softmax.reference import dense_attention
 from olmo_core.nn.attention.parallel.exchange import accumulator
 from olmo_core.nn.attention.parallel.layout import ZigZagLayout
 from olmo_core.nn.attention.parallel.plan import ring_plan
 from olmo_core.nn.attention.parallel.readings import Reading
 from olmo_core.nn.attention.parallel.ring import merge_, ring_steps
 from olmo_core.nn.attention.segments import Segments
+from olmo_core.nn.functional import row_error
 
 __all__ = ["CHECKS", "N_HEADS", "N_KV_HEADS", "Place"]
 

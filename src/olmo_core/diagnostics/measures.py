@@ -14,9 +14,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-__all__ = ["FACTOR", "Comparison", "bound", "reference_dtype", "row_error", "worst"]
+__all__ = ["FACTOR", "Comparison", "bound", "reference_dtype", "worst"]
 
 FACTOR = 6.0
 """The bound over the plain reference's own error, and over the rounding of the result."""
@@ -46,24 +45,6 @@ class Comparison(NamedTuple):
 def worst(comparisons: Iterable[Comparison]) -> Comparison:
     """The comparison nearest to its bound, or furthest beyond it."""
     return max(comparisons, key=lambda c: c.ratio)
-
-
-def row_error(got: Tensor, want: Tensor) -> float:
-    """The largest error of a row, over the root mean square of the rows' norms.
-
-    A row is the last dimension: one token's, or one output unit's. So a single wrong token shows
-    at its full size, however long the sequence is.
-    """
-    if got.shape != want.shape:
-        return math.nan
-    want = want.detach().cpu().double()
-    difference = got.detach().cpu().double() - want
-    if want.dim() == 0:
-        want, difference = want[None], difference[None]
-    if not want.numel():
-        return 0.0
-    scale = want.norm(dim=-1).square().mean().sqrt()
-    return float(difference.norm(dim=-1).max() / scale.clamp_min(1e-300))
 
 
 def reference_dtype(dtype: torch.dtype) -> torch.dtype:

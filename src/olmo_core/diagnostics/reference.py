@@ -1,8 +1,9 @@
 """The layers by their definitions: dense, quadratic, one token after the other, and slow.
 
 Nothing of the code under test is used: a layer here is a function of its config and its parameters
-by name. In float64 the functions are the truth that results are compared with; in a lower dtype
-they are the plain computation whose own error bounds what is allowed (:mod:`.measures`).
+by name, and of the definitions that stand beside the kernels. In float64 the functions are the
+truth that results are compared with; in a lower dtype they are the plain computation whose own
+error bounds what is allowed (:mod:`.measures`).
 
 N is all tokens of the flattened batch. ``document`` (N,) numbers each token's document; tokens of
 one document are neighbours, and a negative number marks padding, whose output is zero.
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmo_core.nn.attention.config import AttentionConfig, AttentionType, GateGranularity
+from olmo_core.nn.attention.kernels.softmax.reference import dense_attention
 from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
 from olmo_core.nn.rope import (
     ABFRoPEScalingConfig,
@@ -28,7 +30,7 @@ from olmo_core.nn.rope import (
     YaRNRoPEScalingConfig,
 )
 
-__all__ = ["attention_layer", "causal_mask", "dense_attention", "positions"]
+__all__ = ["attention_layer", "causal_mask", "positions"]
 
 Params = Mapping[str, Tensor]
 
@@ -47,37 +49,6 @@ def causal_mask(document: Tensor, window: int | None) -> Tensor:
     back = index[:, None] - index[None]
     seen = (document[:, None] == document[None]) & (back >= 0)
     return seen if window is None else seen & (back < window)
-
-
-def dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    scale: float,
-    weight_factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention and its log-sum-exp. A query that sees no key gives 0 and -inf.
-
-    :param q: (b, t_q, h, d).
-    :param k: (b, t_k, g, d); query head i reads head i // (h // g) of keys and values.
-    :param mask: (t_q, t_k), True where a query sees a key.
-    :param weight_factor: (b, h, t_q, t_k), multiplies the weights: a dropout that was drawn.
-    :returns: (b, t_q, h, d) and (b, h, t_q).
-    """
-    group = q.shape[2] // k.shape[2]
-    heads = torch.arange(q.shape[2], device=q.device) // group
-    q, k, v = q.transpose(1, 2), k[:, :, heads].transpose(1, 2), v[:, :, heads].transpose(1, 2)
-    # As in every kernel, scores are float32 sums that are never rounded.
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
-    lse = scores.masked_fill(~mask, -math.inf).logsumexp(-1)
-    sees = mask.any(-1)
-    # A row of nothing but -inf has no softmax: it sees everything first, and is zeroed then.
-    hidden = ~mask & sees[:, None]
-    weights = scores.masked_fill(hidden, -math.inf).softmax(-1) * sees[:, None]
-    weights = weights if weight_factor is None else weights * weight_factor
-    return (weights.to(v.dtype) @ v).transpose(1, 2), lse
 
 
 def attention_layer(

@@ -1,7 +1,4 @@
-"""The gated delta net by its definition: one token after the other. See :mod:`.reference`.
-
-Gated Delta Networks, https://arxiv.org/abs/2412.06464, equation 10, the decay before the error.
-"""
+"""The gated delta net by its definition: one token after the other. See :mod:`.reference`."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmo_core.diagnostics.reference import Params, positions
+from olmo_core.nn.attention.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 
 if TYPE_CHECKING:
     from olmo_core.nn.attention.gated_delta_net import GatedDeltaNetConfig
@@ -39,23 +37,15 @@ def gated_delta_net_layer(
     q, k, v = (
         F.silu(_short_convolution(params, f"{name}_conv1d", y, place)) for name, y in projected
     )
-    q, k = (_unit(y.to(wide).unflatten(-1, (n_heads, head_dim))) for y in (q, k))
+    q, k = (y.to(wide).unflatten(-1, (n_heads, head_dim)) for y in (q, k))
     v = v.to(wide).unflatten(-1, (n_v_heads, -1))
-    head = torch.arange(n_v_heads, device=x.device) // (n_v_heads // n_heads)
-    q, k = q[:, head] * head_dim**-0.5, k[:, head]
     beta = (x @ params["w_b.weight"].T).to(wide).sigmoid() * (2 if config.allow_neg_eigval else 1)
     a = (x @ params["w_a.weight"].T).to(wide) + params["dt_bias"].to(wide)
-    decay = (-params["A_log"].to(wide).exp() * F.softplus(a)).exp()
+    g = -params["A_log"].to(wide).exp() * F.softplus(a)
 
-    out = []
-    state = torch.zeros(n_v_heads, head_dim, v.shape[-1], dtype=wide, device=x.device)
-    starts = (place == 0).tolist()
-    for t, start in enumerate(starts):
-        state = torch.zeros_like(state) if start else state * decay[t, :, None, None]
-        error = v[t] - (k[t, :, :, None] * state).sum(1)
-        state = state + k[t, :, :, None] * (beta[t, :, None] * error)[:, None]
-        out.append((q[t, :, :, None] * state).sum(1))
-    o = torch.stack(out)
+    ends = torch.cat(((place == 0).nonzero()[:, 0], place.new_tensor([len(place)])))
+    one_row = (y[None] for y in (q, k, v, g, beta))
+    o = gated_delta_rule_reference(*one_row, cu_doc_lens=ends, normalize_qk=True)[0][0]
     o = o / (o.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
     o = o * params["o_norm.weight"].to(wide)
     gate = F.silu((x @ params["w_g.weight"].T).to(wide)).unflatten(-1, (n_v_heads, -1))
@@ -73,7 +63,3 @@ def _short_convolution(params: Params, name: str, x: Tensor, place: Tensor) -> T
         out = out + past * weight[:, weight.shape[1] - 1 - back]
     bias = params.get(f"{name}.bias")
     return out if bias is None else out + bias.to(x.dtype)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()

@@ -13,9 +13,10 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from olmo_core.diagnostics.measures import Comparison, bound, reference_dtype, row_error
+from olmo_core.diagnostics.measures import Comparison, bound, reference_dtype
 from olmo_core.diagnostics.mixers import N_HEADS, Mixer
 from olmo_core.nn.attention.base import SequenceMixer
+from olmo_core.nn.functional import row_error
 
 __all__ = ["BATCH", "DOCUMENTS", "LEFT_PADDING", "TOKENS", "Answer", "Subject"]
 

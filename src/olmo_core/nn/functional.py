@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 
-__all__ = ["compute_dtype", "l2_normalize", "relative_error"]
+__all__ = ["compute_dtype", "l2_normalize", "largest_row_error", "row_error"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,7 +31,26 @@ def l2_normalize(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     return (y / torch.where(norm > 0, norm, 1)).to(x.dtype)
 
 
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The norm of the difference over the norm of ``want``; NaN if ``got`` has any."""
-    want = want.detach().double()
-    return ((got.detach().double() - want).norm() / want.norm().clamp_min(1e-300)).item()
+def row_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest error of a row, over the root mean square of the rows' norms.
+
+    A row is the last dimension: one token's, or one output unit's. So a single wrong token shows
+    at its full size, however long the sequence is.
+    """
+    if got.shape != want.shape:
+        return math.nan
+    want = want.detach().cpu().double()
+    difference = got.detach().cpu().double() - want
+    if want.dim() == 0:
+        want, difference = want[None], difference[None]
+    if not want.numel():
+        return 0.0
+    scale = want.norm(dim=-1).square().mean().sqrt()
+    return float(difference.norm(dim=-1).max() / scale.clamp_min(1e-300))
+
+
+def largest_row_error(got: Iterable[torch.Tensor], want: Iterable[torch.Tensor]) -> float:
+    """The largest :func:`row_error` of some results, an output and its gradients for example; NaN
+    if any of them is."""
+    errors = [row_error(a, b) for a, b in zip(got, want, strict=True)]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nn.attention.reference import relative
 from olmo_core.exceptions import OLMoConfigurationError
@@ -22,6 +23,7 @@ from olmo_core.nn.attention import (
     TorchAttentionBackend,
     selection,
 )
+from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.backend import BACKENDS, AutoAttentionBackend
 from olmo_core.nn.attention.capabilities import (
     CAPABILITIES,
@@ -37,6 +39,7 @@ from olmo_core.nn.attention.ring import (
     RingAttentionLoadBalancerType,
     RingContextParallelStyle,
 )
+from olmo_core.nn.attention.segments import Segments
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -111,6 +114,25 @@ def test_probe_reports_instead_of_raising() -> None:
     assert probe("torch", CPU, torch.bfloat16, 16) == good
     why, lasting = probe("no_such_kernel", CPU, torch.float32, 8)
     assert why is not None and "its probe failed" in why and lasting
+
+
+@pytest.mark.parametrize("spoiled", [0, 1, 2, 3])
+def test_a_probe_passes_no_nan(spoiled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the output nor in any gradient, whatever the others are."""
+
+    def right_but_for_one(q: Tensor, k: Tensor, v: Tensor, s: Segments, **options: Any) -> Tensor:
+        inputs = [q, k, v]
+        for i in range(3):
+            if i + 1 == spoiled:
+                inputs[i] = inputs[i].clone()
+                inputs[i].register_hook(lambda grad: grad * math.nan)
+        out = attend(*inputs, s, **options)
+        return out * math.nan if spoiled == 0 else out
+
+    monkeypatch.setattr(selection, "attend", right_but_for_one)
+    monkeypatch.setattr(selection, "_PROBES", {})
+    why, _ = selection.probe("torch", CPU, torch.float32, 8)
+    assert why is not None and "nan" in why
 
 
 def test_a_choice_made_without_memory_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,13 @@
 The gated delta rule as its recurrence, one token at a time: slow, obvious, differentiable twice.
 
 Gated Delta Networks, https://arxiv.org/abs/2412.06464, equation 10, with the decay applied before
-the error is taken. Shapes as in ``chunks``.
+the error is taken. Shapes as in ``chunks``, whose code this checks and does not use.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from .chunks import QK_NORM_EPS, accumulation_dtype
 
 __all__ = ["gated_delta_rule_reference"]
 
@@ -49,7 +47,7 @@ def gated_delta_rule_reference(
         )
         return out.view(v.shape), state
 
-    dtype = accumulation_dtype(q.dtype)
+    dtype = torch.promote_types(q.dtype, torch.float32)
     qf, kf = (_expand(x.to(dtype), value_heads // key_heads, normalize_qk) for x in (q, k))
     vf, decay, bf = v.to(dtype), g.to(dtype).exp(), beta.to(dtype)
     scale = key_dim**-0.5 if scale is None else scale
@@ -72,5 +70,5 @@ def gated_delta_rule_reference(
 def _expand(x: Tensor, group: int, normalize: bool) -> Tensor:
     """x (B, T, H, K) normalised if asked, each head repeated for its G value heads."""
     if normalize:
-        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + QK_NORM_EPS)
+        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
     return x.repeat_interleave(group, dim=2)
