@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["get_full_tensor", "get_rank", "get_world_size", "is_distributed"]
+__all__ = ["get_full_tensor", "get_rank", "get_world_size", "is_distributed", "local_part"]
 
 
 def is_distributed() -> bool:
@@ -36,3 +36,9 @@ def get_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     # Looked up by name: importing torch.distributed.tensor takes longer than this library does.
     full_tensor: Any = getattr(tensor, "full_tensor", None)
     return full_tensor() if full_tensor is not None else tensor
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a ``DTensor``; any other tensor as it is."""
+    to_local: Any = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
