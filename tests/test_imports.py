@@ -163,6 +163,20 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert len(loaded) < 200
 
 
+def test_importing_the_trainer_loads_nothing_slow() -> None:
+    """Neither does what reads and writes checkpoints of many ranks, before it is used."""
+    script = """
+import json, sys
+import torch
+before = set(sys.modules)
+import olmo_core.train.sharded_checkpoint, olmo_core.train.trainer
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    loaded = run(script)
+    for heavy in [*HEAVY_TORCH, "torch.distributed.checkpoint"]:
+        assert not [name for name in loaded if name == heavy or name.startswith(heavy + ".")]
+
+
 def test_every_module_imports_without_the_optional_packages() -> None:
     """All of them at once: none of our modules may need one of them to be imported."""
     script = """
