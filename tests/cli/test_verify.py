@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,7 @@ def test_nothing_checked_is_not_success() -> None:
         (["--json", "x" * 300], "can't be written: File name too long"),
         (["--json", "pyproject.toml/x"], "--json pyproject.toml/x can't be written"),
         (["--jobs", "9999999999"], "more than four processes a core"),
+        (["--ranks", "9999999999"], "more than four processes a core"),
         (["--mixer", "gdn", "--backend", "te"], "the torch backend alone"),
     ],
 )
@@ -101,6 +104,30 @@ def test_bad_options_cost_one_message(args: list[str], message: str) -> None:
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
     assert len(result.output.splitlines()) <= 4
+
+
+def test_ranks_that_torchrun_has_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(*KERNELS, "--ranks", "3")
+    assert result.exit_code == 2
+    assert "--ranks 3, but torchrun has started 2: leave --ranks out" in result.output
+
+
+@pytest.mark.slow
+def test_under_torchrun_one_rank_prints(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    verify = ["-m", "olmo_core", "verify", "-m", "fused", "-b", "torch", "--quick"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
+         *verify, "--device", "cpu", "--json", str(report)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cells passed") == 1
+    assert "heads dealt, sharded = whole" in done.stdout
+    cells = [c for c in json.loads(report.read_text())["cells"] if c["property"] == "tp_cp"]
+    assert [c["status"] for c in cells] == ["passed", "passed"]
 
 
 def test_ctrl_c_prints_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

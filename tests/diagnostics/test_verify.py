@@ -164,18 +164,50 @@ def sharded_cell(prop: str) -> Outcome:
     return outcome
 
 
+@pytest.mark.distributed
+def test_heads_dealt_to_ranks() -> None:
+    """Each class; and what does not suit the heads is skipped, with the reason."""
+    mixers = ["gqa", "ngpt", "fused", "gdn", "mqa"]
+    todo = [Cell(mixer, "torch", torch.float32, "tp") for mixer in mixers]
+    *dealt, mqa = run(todo, CPU)
+    assert [o.status for o in dealt] == ["passed"] * 4, dealt
+    assert mqa.status == "skipped" and mqa.reasons == ("2 ranks can't share n_kv_heads=1",)
+    todo = [Cell("gqa", "torch", torch.float32, prop) for prop in ("tp", "ulysses")]
+    assert [o.reasons for o in run(todo, CPU, 3)] == [
+        ("3 ranks can't share n_heads=4, n_kv_heads=2",),
+        ("3 ranks can't share 4 heads",),
+    ]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_four_ranks_share_heads_and_sequences() -> None:
+    todo = [c for c in cells(backends=["torch"], ranks=4) if c.prop == "tp_cp"]
+    todo = [c for c in todo if c.dtype == torch.float32]
+    outcomes = list(run(todo, CPU, 4))
+    assert [o.cell.mixer for o in outcomes if o.status != "passed"] == ["mqa"]
+
+
+def test_cells_of_both_take_four_ranks() -> None:
+    props = [{c.prop for c in cells(["fused"], ["torch"], ranks=n)} for n in (2, 3, 4, 5, 6)]
+    assert ["tp_cp" in each for each in props] == [False, False, True, False, True]
+    assert all("tp" in each for each in props)
+
+
 def test_a_wrong_shard_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer of one process, with a row of another: as a lost message would leave it."""
 
-    def answer(mixer: str, *args: Any) -> dict[str, Tensor]:
+    def answer(mixer: str, *args: Any, ranks: int) -> dict[str, Tensor]:
+        assert ranks == 2
         whole = dict(Subject(MIXERS[mixer], probe_head_dim(CPU), CPU).truth(args[-1]))
         whole["dx"] = whole["dx"].clone()
         whole["dx"][0, 100] = whole["dx"][0, 3]
         return {name: x.float() for name, x in whole.items()}
 
     monkeypatch.setattr(properties, "sharded_answer", answer)
-    outcome = sharded_cell("zig_zag")
-    assert outcome.status == "failed" and outcome.tensor.startswith("dx (")
+    for prop in ("zig_zag", "tp"):
+        outcome = sharded_cell(prop)
+        assert outcome.status == "failed" and outcome.tensor.startswith("dx (")
 
 
 @pytest.mark.distributed

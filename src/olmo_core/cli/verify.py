@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,6 +61,15 @@ def command(
             "than one, a crash in a library costs one cell.",
         ),
     ] = 1,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            "--ranks",
+            min=2,
+            help="Ranks that share the sharded cells: processes of this machine, 2 by default; "
+            "under torchrun all that it has started.",
+        ),
+    ] = None,
 ) -> None:
     """Check the promise on this machine: packed = separate = sharded = cached = the float64
     reference.
@@ -71,9 +81,13 @@ def command(
     # cuBLAS is deterministic only if it is told before its first call.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+    import torch
+
     from olmo_core.cli import tables
     from olmo_core.diagnostics import machine as machines
     from olmo_core.diagnostics import verify
+    from olmo_core.diagnostics.sharded import use_ranks
+    from olmo_core.diagnostics.torchrun import number_started, started_ranks
     from olmo_core.utils import checked_device
 
     most = 4 * (os.cpu_count() or 1)
@@ -82,23 +96,40 @@ def command(
             f"--jobs {jobs} is more than four processes a core: choose at most {most}."
         )
     backends = [machines.checked_backend(name) for name in backend or ()]
-    todo = verify.cells(mixer or None, backends or None, quick=quick)
+    started = number_started()
+    if started > 1 and ranks not in (None, started):
+        raise OLMoConfigurationError(
+            f"--ranks {ranks}, but torchrun has started {started}: leave --ranks out."
+        )
+    n = started if started > 1 else ranks or 2
+    if started == 1 and n > most:
+        raise OLMoConfigurationError(
+            f"--ranks {n} is more than four processes a core: choose at most {most}."
+        )
+    todo = verify.cells(mixer or None, backends or None, quick=quick, ranks=n)
     if not todo:
         raise OLMoConfigurationError(
             "Nothing to verify: the gated delta net runs on the torch backend alone."
         )
     where = checked_device(device)
+    if started > 1:
+        where = torch.device(where.type)  # each rank's own
     if json_file is not None:
         machines.checked_output("--json", json_file)
 
     start = time.perf_counter()
     console = tables.console()
     facts = machines.describe(where)
-    console.print(str(facts), style="dim")
-    outcomes, interrupted = _run(todo, where, jobs)
+    with started_ranks(where) if started > 1 else nullcontext() as others:
+        if others is not None:
+            if not others.are_mine:
+                return  # this rank has served the first
+            use_ranks(others, n)
+        console.print(str(facts), style="dim")
+        outcomes, interrupted = _run(todo, where, jobs, n)
     _print_tables(console, outcomes)
     _print_skipped(console, outcomes)
-    failed = _print_failed(console, outcomes)
+    failed = _print_failed(console, outcomes, n)
     passed = sum(o.status == "passed" for o in outcomes)
     seconds = time.perf_counter() - start
     verdict = f"{passed} cells passed, {failed} failed, {len(outcomes) - passed - failed} skipped"
@@ -116,7 +147,9 @@ def command(
         raise typer.Exit(1)
 
 
-def _run(todo: list[Cell], device: torch.device, jobs: int) -> tuple[list[Outcome], bool]:
+def _run(
+    todo: list[Cell], device: torch.device, jobs: int, ranks: int
+) -> tuple[list[Outcome], bool]:
     """The outcomes so far, in the order of the cells, and whether the user stopped."""
     from olmo_core.cli.tables import progress
     from olmo_core.diagnostics.verify import run
@@ -126,11 +159,11 @@ def _run(todo: list[Cell], device: torch.device, jobs: int) -> tuple[list[Outcom
     interrupted = False
     with progress() as bar:
         task = bar.add_task("", total=len(todo))
-        running = run(todo, device)
+        running = run(todo, device, ranks)
         if jobs > 1:  # sharded cells have processes of their own
             alone = [cell for cell in todo if not cell.is_sharded]
             sharded = [cell for cell in todo if cell.is_sharded]
-            running = chain(run_in_processes(alone, device, jobs), run(sharded, device))
+            running = chain(run_in_processes(alone, device, jobs), run(sharded, device, ranks))
         try:
             for outcome in running:
                 outcomes[outcome.cell] = outcome
@@ -202,7 +235,7 @@ def _print_skipped(console: Console, outcomes: list[Outcome]) -> None:
             console.print(f"  - {what}{reason}", style="dim")
 
 
-def _print_failed(console: Console, outcomes: list[Outcome]) -> int:
+def _print_failed(console: Console, outcomes: list[Outcome], ranks: int) -> int:
     from olmo_core.cli.tables import number
 
     failed = [o for o in outcomes if o.status == "failed"]
@@ -218,5 +251,7 @@ def _print_failed(console: Console, outcomes: list[Outcome]) -> int:
         console.print(f"and {rest} more: see the table, or --json FILE", style="bold red")
     for mixer, backend in dict.fromkeys((o.cell.mixer, o.cell.backend) for o in failed):
         again = f"olmo-core verify --mixer {mixer} --backend {backend}"
+        if ranks != 2 and any(o.cell.is_sharded for o in failed):
+            again += f" --ranks {ranks}"
         console.print(f"again: {again}")
     return len(failed)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from olmo_core.diagnostics.measures import Comparison
-from olmo_core.diagnostics.sharded import sharded_answer
+from olmo_core.diagnostics.sharded import TP, TP_CP, sharded_answer
 from olmo_core.diagnostics.subject import (
     BATCH,
     DOCUMENTS,
@@ -49,6 +49,8 @@ class Property:
     check: Check
     is_sharded: bool = False
     """Whether several processes check it together."""
+    unsuited: Callable[[SequenceMixer, int], str] = lambda layer, ranks: ""
+    """Why so many ranks can't share the layer; empty if they can."""
 
 
 def _whole(subject: Subject, layer: SequenceMixer, dtype: torch.dtype) -> list[Comparison]:
@@ -192,8 +194,13 @@ def _property(name: str, title: str, features: set[Feature], check: Check) -> Pr
     return Property(name, title, frozenset(features), check)
 
 
-def _sharded(style: RingAttentionLoadBalancerType) -> Property:
-    """A load balancer's shards on two ranks, with and without documents."""
+def _sharded(
+    style: str,
+    title: str,
+    features: set[Feature],
+    unsuited: Callable[[SequenceMixer, int], str] = lambda layer, ranks: "",
+) -> Property:
+    """The answer of several ranks, with and without documents."""
 
     def check(subject: Subject, layer: SequenceMixer, dtype: torch.dtype) -> list[Comparison]:
         backend = layer.backend.name if isinstance(layer, SoftmaxAttention) else "torch"
@@ -202,7 +209,13 @@ def _sharded(style: RingAttentionLoadBalancerType) -> Property:
             for problem in ("whole", "documents")
             for c in subject.compare(
                 sharded_answer(
-                    subject.mixer.name, str(backend), dtype, subject.device, str(style), problem
+                    subject.mixer.name,
+                    str(backend),
+                    dtype,
+                    subject.device,
+                    style,
+                    problem,
+                    ranks=subject.ranks,
                 ),
                 subject.truth(problem),
                 problem,
@@ -210,11 +223,30 @@ def _sharded(style: RingAttentionLoadBalancerType) -> Property:
             )
         ]
 
+    features = {Feature.backward, Feature.documents, *features}
+    return Property(style, title, frozenset(features), check, True, unsuited)
+
+
+def _balanced(style: RingAttentionLoadBalancerType) -> Property:
     alone = style == RingAttentionLoadBalancerType.ulysses
-    feature = Feature.ulysses_cp if alone else Feature.ring_cp
-    features = {Feature.backward, Feature.documents, feature}
-    title = f"sharded by {style} = whole"
-    return Property(str(style), title, frozenset(features), check, is_sharded=True)
+    return _sharded(
+        str(style),
+        f"sharded by {style} = whole",
+        {Feature.ulysses_cp if alone else Feature.ring_cp},
+        _query_heads if alone else lambda layer, ranks: "",
+    )
+
+
+def _query_heads(layer: SequenceMixer, ranks: int) -> str:
+    """Ulysses repeats kv heads, and key heads of the delta net, where it must."""
+    n = int(getattr(layer, "n_v_heads", None) or getattr(layer, "n_heads"))  # noqa: B009
+    return f"{ranks} ranks can't share {n} heads" if n % ranks else ""
+
+
+def _dealt_heads(layer: SequenceMixer, ranks: int) -> str:
+    counts = layer.tensor_parallel_table().counts
+    wrong = [f"{what}={n}" for what, n in counts.items() if n % ranks]
+    return f"{ranks} ranks can't share {', '.join(wrong)}" if wrong else ""
 
 
 PROPERTIES: Mapping[str, Property] = MappingProxyType(
@@ -246,7 +278,14 @@ PROPERTIES: Mapping[str, Property] = MappingProxyType(
                 _cached_left_padding,
             ),
             _property("rollback", "after rollback = full", {Feature.kv_cache}, _rollback),
-            *(_sharded(style) for style in RingAttentionLoadBalancerType),
+            *(_balanced(style) for style in RingAttentionLoadBalancerType),
+            _sharded(TP, "heads dealt to ranks = whole", set(), _dealt_heads),
+            _sharded(
+                TP_CP,
+                "heads dealt, sharded = whole",
+                {Feature.ring_cp},
+                lambda layer, ranks: _dealt_heads(layer, 2),
+            ),
         )
     }
 )

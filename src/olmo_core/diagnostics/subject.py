@@ -18,12 +18,13 @@ from olmo_core.diagnostics.mixers import N_HEADS, Mixer
 from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.functional import row_error
 
-__all__ = ["BATCH", "DOCUMENTS", "LEFT_PADDING", "TOKENS", "Answer", "Subject"]
+__all__ = ["BATCH", "DOCUMENTS", "LEFT_PADDING", "RANKS", "TOKENS", "Answer", "Subject"]
 
 BATCH, TOKENS = 2, 173
 DOCUMENTS = (1, 9, 0, 31, 2, 150, 1, 1, 70, 81)
 """Lengths of the packed documents: one crosses the rows' border, some hold one token, one none."""
 LEFT_PADDING = (0, 41)
+RANKS = 2
 
 Answer = dict[str, Tensor]
 """A forward and backward: ``out``, ``dx``, and ``d NAME`` of each parameter."""
@@ -32,12 +33,12 @@ Answer = dict[str, Tensor]
 class Subject:
     """A mixer on a device.
 
-    :param exact_device: Where float64 is computed, for devices that don't have it.
+    :param ranks: How many share it where it is sharded.
     """
 
-    def __init__(self, mixer: Mixer, head_dim: int, device: torch.device):
+    def __init__(self, mixer: Mixer, head_dim: int, device: torch.device, ranks: int = RANKS):
         assert sum(DOCUMENTS) == BATCH * TOKENS
-        self.mixer, self.head_dim, self.device = mixer, head_dim, device
+        self.mixer, self.head_dim, self.device, self.ranks = mixer, head_dim, device, ranks
         self.d_model = N_HEADS * head_dim
         self._exact_device = torch.device("cpu") if device.type == "mps" else device
 

@@ -23,7 +23,8 @@ from olmo_core.diagnostics.machine import probe_head_dim
 from olmo_core.diagnostics.measures import Comparison, worst
 from olmo_core.diagnostics.mixers import MIXERS
 from olmo_core.diagnostics.properties import PROPERTIES
-from olmo_core.diagnostics.subject import Subject
+from olmo_core.diagnostics.sharded import TP_CP
+from olmo_core.diagnostics.subject import RANKS, Subject
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment, Request, refusals
 from olmo_core.nn.attention.kernels.softmax import Feature
@@ -137,9 +138,12 @@ def cells(
     backends: Sequence[str] | None = None,
     *,
     quick: bool = False,
+    ranks: int = RANKS,
 ) -> list[Cell]:
     """All cells of some mixers and backends; of all of them by default.
 
+    :param ranks: How many share the sharded ones. An even number from four on has those whose heads
+        and sequences are both shared.
     :param quick: Only float32 and bfloat16, and a mixer or two of each class where none are named.
     """
     names = mixer_names(mixers)
@@ -151,22 +155,31 @@ def cells(
             if name != KERNEL and not MIXERS[name].has_backend and backend != "torch":
                 continue  # the gated delta net has one form, and it is torch's
             rows: Iterable[Any] = Feature if name == KERNEL else PROPERTIES
+            if ranks < 4 or ranks % 2:
+                rows = [row for row in rows if row != TP_CP]
             dtypes = [d for d in CAPABILITIES[backend].dtypes if not quick or d in QUICK_DTYPES]
             out += [Cell(name, backend, dtype, str(row)) for row in rows for dtype in dtypes]
     return out
 
 
-def run(todo: Iterable[Cell], device: torch.device) -> Iterator[Outcome]:
-    """Check cell by cell. A cell that raises has failed; nothing is raised from here."""
+def run(todo: Iterable[Cell], device: torch.device, ranks: int = RANKS) -> Iterator[Outcome]:
+    """Check cell by cell. A cell that raises has failed; nothing is raised from here.
+
+    :param ranks: How many share the sharded ones.
+    """
     environment = Environment.detect(device)
     head_dim = probe_head_dim(device)
-    subject = cache(lambda name: Subject(MIXERS[name], head_dim, device))
+    subject = cache(lambda name: Subject(MIXERS[name], head_dim, device, ranks))
     for cell in todo:
         request = Request(cell.dtype, head_dim, cell.features)
         reasons = refusals(CAPABILITIES[cell.backend], environment, request)
         if cell.dtype == torch.float64 and device.type == "mps":
             reasons.append("mps has no float64")
         prop = None if cell.mixer == KERNEL else PROPERTIES[cell.prop]
+        if prop is not None and prop.is_sharded and not reasons:
+            layer = subject(cell.mixer).layer("torch", torch.float32)
+            if reason := prop.unsuited(layer, ranks):
+                reasons.append(reason)
         if reasons:
             yield Outcome(cell, "skipped", reasons=tuple(reasons))
             continue
