@@ -117,7 +117,7 @@ def test_ranks_that_torchrun_has_not_started(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow
 def test_under_torchrun_one_rank_prints(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    verify = ["-m", "olmo_core", "verify", "-m", "fused", "-b", "torch", "--quick"]
+    verify = ["-m", "olmo_core", "verify", "-m", "fused-window", "-b", "torch", "--quick"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
          *verify, "--device", "cpu", "--json", str(report)],
