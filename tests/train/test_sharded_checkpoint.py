@@ -23,6 +23,7 @@ pytestmark = pytest.mark.distributed
 NAMES = ["full norm, clip", "head norm, headwise gate, window", "norm with bias", "ngpt"]
 NAMES += ["fused", "gva", "swiglu"]
 EXPECTED = "expected.safetensors"
+PATIENCE = 200  # ranks that start import FSDP and DCP
 SMALL = [
     "--preset=tiny", "model.d_model=16", "model.n_layers=2", "data.batch_size=2",
     "model.blocks.0.sequence_mixer.n_heads=2", "data.sequence_length=32", "data.max_doc_len=null",
@@ -119,21 +120,21 @@ def check_alone(run: Path) -> None:
 
 
 def test_two_by_two_ranks_to_one_and_three(tmp_path: Path) -> None:
-    on_ranks(4, saved, tmp_path, 2)
+    on_ranks(4, saved, tmp_path, 2, timeout=PATIENCE)
     files = [path for path in (tmp_path / "step-00000003").rglob("*") if path.is_file()]
     assert len(files) == 9
     assert {path.suffix for path in files} == {".safetensors", ".json"}  # nothing is pickled
     check_alone(tmp_path)
-    on_ranks(1, loaded, tmp_path, 1)
-    on_ranks(3, loaded, tmp_path, 1)
-    on_ranks(4, loaded, tmp_path, 2)
+    on_ranks(1, loaded, tmp_path, 1, timeout=PATIENCE)
+    on_ranks(3, loaded, tmp_path, 1, timeout=PATIENCE)
+    on_ranks(4, loaded, tmp_path, 2, timeout=PATIENCE)
 
 
 def test_three_ranks_to_two_by_two(tmp_path: Path) -> None:
-    on_ranks(3, saved, tmp_path, 1)
+    on_ranks(3, saved, tmp_path, 1, timeout=PATIENCE)
     check_alone(tmp_path)
-    on_ranks(4, loaded, tmp_path, 2)
-    on_ranks(2, loaded, tmp_path, 2)
+    on_ranks(4, loaded, tmp_path, 2, timeout=PATIENCE)
+    on_ranks(2, loaded, tmp_path, 2, timeout=PATIENCE)
 
 
 def test_one_process_to_two_ranks(tmp_path: Path) -> None:
@@ -141,8 +142,8 @@ def test_one_process_to_two_ranks(tmp_path: Path) -> None:
     model, training = contents(module, adamw(module))
     save_checkpoint(tmp_path, 3, model=model, training=training, config={})
     save_file({k: v.clone() for k, v in (model | training).items()}, tmp_path / EXPECTED)
-    on_ranks(2, loaded, tmp_path, 1)
-    on_ranks(4, loaded, tmp_path, 2)
+    on_ranks(2, loaded, tmp_path, 1, timeout=PATIENCE)
+    on_ranks(4, loaded, tmp_path, 2, timeout=PATIENCE)
 
 
 def strided(rank: int, n: int, run: Path) -> None:
