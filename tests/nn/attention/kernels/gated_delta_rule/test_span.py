@@ -45,10 +45,11 @@ def cotangents(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     state = inputs["initial_state"]
     key_dim = state.shape[2]
     dout, dfinal, matrix = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
+        # What every dtype holds, so that it is the same for all.
+        torch.randn(shape, generator=generator).bfloat16()
         for shape in (inputs["v"].shape, state.shape, (key_dim, key_dim))
     )
-    return dout.to(inputs["v"]), dfinal.to(state), matrix.to(state)
+    return dout.to(inputs["v"]), dfinal.to(state), matrix.to(state) * key_dim**-0.5
 
 
 def of_span(inputs: dict[str, Tensor], cu: Tensor | None = None) -> dict[str, Tensor]:

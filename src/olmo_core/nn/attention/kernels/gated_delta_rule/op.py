@@ -31,7 +31,14 @@ from .chunks import ChunkGrid, accumulation_dtype
 from .torch_backward import chunked_backward
 from .torch_forward import Saved, chunked_forward
 from .torch_span import chunked_span_backward, chunked_span_forward
-from .triton_rule import saved_like, triton_backward, triton_forward, unsupported
+from .triton_rule import (
+    saved_like,
+    triton_backward,
+    triton_forward,
+    triton_span_backward,
+    triton_span_forward,
+    unsupported,
+)
 
 __all__ = ["FORMS", "SAVED", "Form", "form_of", "gated_delta_rule", "saved_outputs"]
 
@@ -171,7 +178,7 @@ class Form:
     backward: Callable[..., tuple[Tensor, ...]]
     saved: Callable[[Tensor, Tensor], Saved]
     span_forward: Callable[..., tuple[Tensor, Tensor, Saved | None]] | None = None
-    """As :func:`.torch_span.chunked_span_forward`; :mod:`.span` does without it if there is none."""
+    """As :func:`.torch_span.chunked_span_forward`; without it, :mod:`.span` calls the two above."""
     span_backward: Callable[..., tuple[Tensor, ...]] | None = None
     """Likewise."""
 
@@ -185,7 +192,9 @@ def _torch_saved(q: Tensor, v: Tensor) -> Saved:
 FORMS: tuple[Row[Form], ...] = (
     Row(
         "triton",
-        Form(triton_forward, triton_backward, saved_like),
+        Form(
+            triton_forward, triton_backward, saved_like, triton_span_forward, triton_span_backward
+        ),
         "its kernels serve these inputs here",
         unsupported,
     ),
