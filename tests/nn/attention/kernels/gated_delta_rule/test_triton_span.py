@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nn.attention.kernels.gated_delta_rule.test_span import of_rule, of_span, without
@@ -45,7 +45,7 @@ def check(
 
 
 @needs_kernels
-@few
+@settings(few, max_examples=min(5, few.max_examples))
 @given(
     batch=st.integers(1, 2),
     lengths=st.lists(st.sampled_from([1, 2, 30, 63, 64, 65]), min_size=1, max_size=4),

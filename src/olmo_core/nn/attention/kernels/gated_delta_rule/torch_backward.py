@@ -65,7 +65,6 @@ class Backward:
     """A backward pass: its chunked inputs, factors, decays, what forward saved, scratch."""
 
     grid: ChunkGrid
-    dtype: torch.dtype
     q: Tensor
     k: Tensor
     v: Tensor
@@ -94,7 +93,6 @@ class Backward:
         dtype = accumulation_dtype(q.dtype)
         return Backward(
             grid=grid,
-            dtype=dtype,
             q=grid.chunked(grid.pad(q)),
             k=grid.chunked(grid.pad(k)),
             v=grid.chunked(grid.pad(v)),

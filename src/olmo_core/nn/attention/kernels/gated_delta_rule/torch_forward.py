@@ -114,7 +114,6 @@ class Forward:
     """A forward pass: each block is prepared, in any order, and advanced, first to last."""
 
     grid: ChunkGrid
-    dtype: torch.dtype
     q: Tensor
     k: Tensor
     v: Tensor
@@ -142,7 +141,6 @@ class Forward:
         shapes = Saved.shapes(grid)
         return Forward(
             grid=grid,
-            dtype=dtype,
             q=grid.chunked(grid.pad(q)),
             k=grid.chunked(grid.pad(k)),
             v=grid.chunked(grid.pad(v)),

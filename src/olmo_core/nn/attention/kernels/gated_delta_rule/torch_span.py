@@ -9,7 +9,8 @@ behind a chunk::
     D = D A = e^(c_C) D - X W
 
 so M = D at the end. Nothing as large as a state of values is carried, what chunks are prepared from
-serves both the map and the outputs, and no outputs are computed for the map.
+serves both the map and the outputs, and no outputs are computed for the map. Between the two it is
+kept: 3 K + 2 C numbers for each token and value head.
 
 Backward, the incoming state's gradient alone needs neither dQ, dK nor dV; its recurrence is run
 once more for them, with the outgoing state's.
