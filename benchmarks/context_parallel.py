@@ -8,11 +8,16 @@ for both. Neither says anything about communication, which goes on while kernels
 One document; log-normal documents (median 1500 tokens a shard of 16K, sigma 1.2; shorter shards
 have shorter ones), without a limit and with one of half a shard; and the first with a window of a
 quarter of a shard. bf16, 16 query heads and 4 kv heads of 128 on a GPU; float32, 4 and 2 of 32 on a
-CPU. The last lines are the time to plan a batch on the host, of 8 ranks with 2,000 documents.
+CPU. The next lines are the time to plan a batch on the host, of 8 ranks with 2,000 documents.
 
-    python -m benchmarks.context_parallel
+*delta* is the gated delta rule of a rank inside a document, over the rule alone on as many tokens:
+T 8192, 16 heads of 128/256 on a GPU; T 2048, 4 key and 8 value heads of 64/128 on a CPU. An inner
+rank finds its map of the state before its outputs, and its initial state's gradient before the
+others; *two calls* is that by calling the rule twice, as a form without passes for it does.
 
-takes some minutes on a CPU.
+    python -m benchmarks.context_parallel [delta]
+
+takes some minutes on a CPU, and seconds for delta alone.
 """
 
 from __future__ import annotations
@@ -21,11 +26,15 @@ import json
 import math
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -34,15 +43,19 @@ from olmo_core.distributed import collectives
 from olmo_core.distributed.collectives import Pending
 from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.backend import AttentionBackendName
-from olmo_core.nn.attention.parallel import gather, ring, ulysses
+from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule, op
+from olmo_core.nn.attention.kernels.table import choose
+from olmo_core.nn.attention.parallel import gather, ring, state_exchange, ulysses
 from olmo_core.nn.attention.parallel.balancers import RingAttentionLoadBalancerType
 from olmo_core.nn.attention.parallel.context import ContextParallel
 from olmo_core.nn.attention.parallel.layout import LAYOUTS
+from olmo_core.nn.attention.parallel.op import Shard
 from olmo_core.nn.attention.parallel.plan import gather_plan
 from olmo_core.nn.attention.parallel.readings import Reading
 from olmo_core.nn.attention.parallel.schedule import attend_sharded
 from olmo_core.nn.attention.segments import Segments
 
+T = TypeVar("T")
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -52,6 +65,8 @@ RANKS = (2, 4, 8)
 KERNEL = "flash_2" if CUDA else "torch"
 RUNS = 3 if CUDA else 1
 STYLES = ("llama3", "zig_zag", "balanced")
+DELTA = (8192, 16, 16, 128, 256) if CUDA else (2048, 4, 8, 64, 128)
+DELTA_RUNS = 31 if CUDA else 11
 
 
 def log_normal(total: int, rows: int, longest: float) -> list[int]:
@@ -104,23 +119,24 @@ def virtual_rank(rank: int, n: int) -> Iterator[None]:
             module.place_in = real[1]
 
 
+def elapsed(call: Callable[[], T]) -> tuple[float, T]:
+    """Seconds and the result; on a CPU of its own time, whoever else computes."""
+    if not CUDA:
+        begun = time.process_time()
+        result = call()
+        return time.process_time() - begun, result
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = call()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1e3, result
+
+
 def seconds(call: Callable[[], Any]) -> float:
-    """The median; on a CPU of its own time, whoever else computes."""
+    """The median."""
     call()
-    times = []
-    for _ in range(RUNS):
-        if CUDA:
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            stop.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(stop) / 1e3)
-        else:
-            begun = time.process_time()
-            call()
-            times.append(time.process_time() - begun)
-    return statistics.median(times)
+    return statistics.median(elapsed(call)[0] for _ in range(RUNS))
 
 
 def draw(tokens: int) -> tuple[list[Tensor], Tensor]:
@@ -180,10 +196,79 @@ def plan_milliseconds(layout: str, rows: int) -> float:
     return min(times)
 
 
+def two_calls() -> Any:
+    """Inside, forms of the delta rule have no passes for spans."""
+    without = [
+        replace(row, run=replace(row.run, span_forward=None, span_backward=None))
+        for row in op.FORMS
+    ]
+    return mock.patch.object(op, "FORMS", tuple(without))
+
+
+def run_ahead() -> None:
+    """Keep a GPU busy while the host launches what is timed, as it is in training."""
+    if CUDA:
+        torch.cuda._sleep(4_000_000)
+
+
+def delta() -> dict[str, Any]:
+    """Milliseconds of the rule alone, and of a shard over it."""
+    tokens, heads, value_heads, key_dim, value_dim = DELTA
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(1, tokens, *shape, device=DEVICE)
+
+    halves = [randn(heads, key_dim), randn(heads, key_dim), randn(value_heads, value_dim)]
+    gates = [-0.2 * randn(value_heads).abs(), randn(value_heads).sigmoid()]
+    inputs = [x.requires_grad_() for x in (*(x.to(DTYPE) for x in halves), *gates)]
+    dout = torch.randn_like(inputs[2])
+    shard = Shard(None, "contiguous", False, -1, 1, key_dim**-0.5, "", "", "")
+
+    def gathered(x: Tensor, group: str) -> Pending:
+        return Pending(torch.stack((x, x, x)))
+
+    def whole() -> Tensor:
+        return gated_delta_rule(*inputs, normalize_qk=True)[0]
+
+    def sharded() -> Tensor:
+        q, k, v, g, beta = inputs
+        return state_exchange.sharded_gated_delta_rule(q, k, v, g, beta, shard, normalize_qk=True)
+
+    cases = (("whole", whole, nullcontext), ("shard", sharded, nullcontext),
+             ("two calls", sharded, two_calls))  # fmt: skip
+    times: dict[tuple[str, str], list[float]] = {}
+    with (
+        mock.patch.object(state_exchange, "all_gather", gathered),
+        mock.patch.object(state_exchange, "place_in", lambda _: (1, 3)),
+    ):
+        for run in range(DELTA_RUNS + 1):
+            for name, rule, within in cases:
+                with within():
+                    run_ahead()
+                    forward, out = elapsed(rule)
+                    run_ahead()
+                    backward, _ = elapsed(partial(torch.autograd.grad, out, inputs, dout))
+                if run:  # the first warms up
+                    times.setdefault((name, "forward"), []).append(forward)
+                    times.setdefault((name, "backward"), []).append(backward)
+    found: dict[str, Any] = {"T": tokens, "form": choose(op.FORMS, inputs[0], inputs[2]).name}
+    for way in ("forward", "backward"):
+        alone = times["whole", way]
+        found[f"{way}_ms"] = round(1e3 * statistics.median(alone), 3)
+        for name in ("shard", "two calls"):
+            ratios = [a / b for a, b in zip(times[name, way], alone, strict=True)]
+            found[f"{way}, {name}"] = round(statistics.median(ratios), 2)
+    print(f"delta: {found}")
+    return found
+
+
 def main() -> None:
+    torch.manual_seed(0)
+    if sys.argv[1:] == ["delta"]:
+        print(json.dumps(delta()))
+        return
     if CUDA:
         AttentionBackendName(KERNEL).assert_supported()
-    torch.manual_seed(0)
     strides = {"1": 1, "2": 2, "all": KV_HEADS}
     found: list[dict[str, Any]] = []
     print(f"{KERNEL}, {HEADS} query and {KV_HEADS} kv heads of {DIM}, {DTYPE}; balance and tax")
@@ -212,7 +297,8 @@ def main() -> None:
         each = {name: round(plan_milliseconds(name, rows), 1) for name in LAYOUTS}
         print(f"plan of 8 ranks x {rows}, 2000 documents, ms: {each}")
         found.append({"plan_ms": each, "rows": rows})
-    print(json.dumps(found[-2:]))
+    found.append(delta())
+    print(json.dumps(found[-3:]))
 
 
 if __name__ == "__main__":

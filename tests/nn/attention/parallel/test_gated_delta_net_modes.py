@@ -23,6 +23,9 @@ from nn.attention.parallel.test_layers import (
     run_whole,
 )
 from nn.attention.parallel.test_modes import gradients, same
+from olmo_core.data.documents import load_documents
+from olmo_core.data.packing import IGNORE_INDEX, PackedDocuments
+from olmo_core.data.vocabulary import ByteVocabulary
 from olmo_core.distributed.collectives import count_traffic
 from olmo_core.nn.attention import AttentionConfig, GatedDeltaNetConfig
 from olmo_core.nn.layer_norm import LayerNormConfig
@@ -128,7 +131,7 @@ def test_bfloat16_is_as_near_to_float64_as_on_one_rank(style: str) -> None:
 
 
 def trained(rank: int, n: int, style: str, steps: int) -> None:
-    """Float64 losses of a hybrid over AdamW steps, sharded and on one rank."""
+    """Float64 losses of a hybrid over AdamW steps on packed scenes, sharded and on one rank."""
     attention = AttentionConfig(
         n_heads=4,
         n_kv_heads=2,
@@ -139,7 +142,7 @@ def trained(rank: int, n: int, style: str, steps: int) -> None:
     delta = GatedDeltaNetConfig(n_heads=2, n_v_heads=4, head_dim=4, dtype="float64")
     blocks = [TransformerBlockConfig(sequence_mixer=m) for m in (delta, delta, delta, attention)]
     config = TransformerConfig(
-        d_model=16, n_layers=4, vocab_size=256, dtype="float64", blocks=blocks
+        d_model=16, n_layers=4, vocab_size=ByteVocabulary().size, dtype="float64", blocks=blocks
     )
     whole = config.build()
     whole.init_weights(seed=0)
@@ -147,21 +150,24 @@ def trained(rank: int, n: int, style: str, steps: int) -> None:
     arguments, balancer = place(style, n)
     sharded.apply_cp(**arguments)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (whole, sharded)]
-    text = torch.tensor(list((__doc__ * 8).encode()))[None]
-    cu = int32([0, 13, 14, 60, 61, 100, 128])
+    packed = PackedDocuments(
+        load_documents()[:12], batch_size=1, sequence_length=160, max_doc_len=100
+    )
     losses: list[list[float]] = [[], []]
     for step in range(steps):
-        ids = text.roll(-7 * step, 1)[:, :128]
-        labels = ids.roll(-1, 1)
+        batch = packed.batch(step)
+        ids, labels, (cu, _) = batch.input_ids, batch.labels, batch.doc_lens
+        n_labels = int((labels != IGNORE_INDEX).sum())
+        assert len(set(cu.tolist())) > 2
         for i, model in enumerate((whole, sharded)):
             optimizers[i].zero_grad()
             keywords: dict[str, Any] = {"cu_doc_lens": cu}
             inputs = [ids, labels]
             if model is sharded:
                 inputs, keywords = balancer.batch_shard_by_document(
-                    inputs=inputs, seq_dims=[1, 1], cu_doc_lens=cu, pad_values=[0, -100]
+                    inputs=inputs, seq_dims=[1, 1], cu_doc_lens=cu, pad_values=[0, IGNORE_INDEX]
                 )
-            loss = model(inputs[0], labels=inputs[1], loss_reduction="sum", **keywords) / 128
+            loss = model(inputs[0], labels=inputs[1], loss_reduction="sum", **keywords) / n_labels
             loss.backward()
             total = loss.detach().clone()
             if model is sharded:

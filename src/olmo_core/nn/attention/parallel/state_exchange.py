@@ -1,9 +1,9 @@
 """The gated delta rule of contiguous shards: ranks exchange states, whatever their tokens.
 
-A shard is an affine map of its incoming state: with T tokens S_out = M S_in + N. The rule itself
-gives both at once, from values [v | 0] and the initial state [0 | I]. All ranks' maps are gathered,
-composed from the rank on where a document starts, and the rule runs from the result. Backward is
-the same with M transposed, from the rank on where a document ends. No gradient goes through maps.
+A shard is an affine map of its incoming state: with T tokens S_out = M S_in + N. All ranks' maps
+are gathered, composed from the rank on where a document starts, and the rule runs from the result.
+Backward is the same with M transposed, from the rank on where a document ends. No gradient goes
+through maps.
 
 A rank that no document reaches or leaves, and one that is the first or last of its documents, needs
 no map: one pass each way gives what it sends. K x (K + V) numbers a head are sent.
@@ -21,15 +21,13 @@ from torch import Tensor
 
 from olmo_core.distributed.collectives import all_gather, place_in
 from olmo_core.nn.attention.kernels.gated_delta_rule.chunks import accumulation_dtype
-from olmo_core.nn.attention.kernels.gated_delta_rule.op import final_state
+from olmo_core.nn.attention.kernels.gated_delta_rule.op import SAVED
+from olmo_core.nn.attention.kernels.gated_delta_rule.span import span_backward, span_forward
 from olmo_core.nn.attention.parallel.op import ARGUMENTS, LIBRARY, TAGS, Shard, documents_of
 from olmo_core.nn.attention.parallel.readings import Reading
 from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
 
 __all__ = ["StatePlan", "sharded_gated_delta_rule", "state_plan"]
-
-_SAVED = 5
-"""What the rule keeps for its backward pass."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,8 @@ class StatePlan:
     """The ranks, first to last, that hold earlier tokens of the document of its first row."""
     after: Sequence[int]
     """Those that hold later tokens of the document of its last row."""
+    first_stop: int
+    """One past the last row of the first document, or of what is here of it."""
     last_start: int
     """The row at which the last document starts, or goes on from ``before``."""
     documents: Tensor | None
@@ -65,6 +65,7 @@ def state_plan(reading: Reading, ranks: int, rank: int) -> StatePlan:
         return StatePlan(
             before=range(starts_at // rows, rank),
             after=range(rank + 1, (ends_at - 1) // rows + 1),
+            first_stop=inner[0] - first if inner else rows,
             last_start=inner[-1] - first if inner else 0,
             documents=documents,
             moves=any(i * rows not in ends for i in range(1, ranks)),
@@ -85,39 +86,25 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     shard, plan = _plan(q, arguments)
     inputs = (q, k, v, g, beta)
-    options = (shard.scale, normalize_qk)
-    done = None
+
+    def incoming(n: Tensor, m: Tensor) -> Tensor:
+        maps = _gathered(n, m, shard)
+        return _composed(maps, plan.before, v.shape[3], transposed=False)
+
+    if plan.before and plan.after:
+        return span_forward(
+            *inputs, plan.documents, incoming, plan.last_start,
+            scale=shard.scale, normalize_qk=normalize_qk, save=save,
+        )  # fmt: skip
     n, m = _empty_map(q, v)
-    if not plan.before:
-        done = _rule(*inputs, None, plan.documents, *options, save)
-        n = done[1]
-    elif plan.after:
-        n, m = _map(inputs, plan, options)
-    maps = all_gather(torch.cat((n, m), -1), shard.group).wait() if plan.moves else None
-    if done is None:
-        assert maps is not None
-        state = _composed(maps, plan.before, v.shape[3], transposed=False)
-        done = _rule(*inputs, state, plan.documents, *options, save)
-    out, _, *saved = done
+    options = (plan.documents, shard.scale, normalize_qk, save)
+    if plan.before:
+        out, _, *saved = _rule(*inputs, incoming(n, m), *options)
+        return out, m, *saved
+    out, n, *saved = _rule(*inputs, None, *options)
+    if plan.moves:
+        _gathered(n, m, shard)
     return out, m, *saved
-
-
-def _map(
-    inputs: tuple[Tensor, ...], plan: StatePlan, options: tuple[float, bool]
-) -> tuple[Tensor, Tensor]:
-    """N ``(b, heads, k, v)`` and M ``(b, heads, k, k)`` of the shard."""
-    scale, normalize_qk = options
-    q, k, v, g, beta = inputs
-    n, m = _empty_map(q, v)
-    if plan.documents is not None:  # a document that starts here knows no earlier state
-        q, k, v, g, beta = (x[:, plan.last_start :] for x in inputs)
-        return final_state(q, k, v, g, beta, None, scale=scale, normalize_qk=normalize_qk), m
-    wide = torch.cat((v, v.new_zeros(*v.shape[:3], k.shape[3])), -1)
-    identity = torch.eye(k.shape[3], dtype=m.dtype, device=m.device).expand_as(m)
-    initial = torch.cat((torch.zeros_like(n), identity), -1)
-    both = final_state(q, k, wide, g, beta, initial, scale=scale, normalize_qk=normalize_qk)
-    n, m = both.split((v.shape[3], k.shape[3]), -1)
-    return n, m.contiguous()
 
 
 def _composed(maps: Tensor, ranks: Sequence[int], value_dim: int, *, transposed: bool) -> Tensor:
@@ -145,30 +132,33 @@ def _backward(
     m: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    saved, (normalize_qk, *arguments) = rest[:_SAVED], rest[_SAVED:]
+    saved, (normalize_qk, *arguments) = rest[:SAVED], rest[SAVED:]
     shard, plan = _plan(q, arguments)
 
-    def backward(dfinal: Tensor | None) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = torch.ops.olmo_core.gated_delta_rule_backward(
-            dout, dfinal, q, k, v, g, beta, *saved, plan.documents, shard.scale, normalize_qk
-        )
-        return found
+    inputs = (q, k, v, g, beta)
 
-    grads: tuple[Tensor, ...] | None = None
+    def outgoing(dstate: Tensor) -> Tensor:
+        maps = _gathered(dstate, m, shard)
+        return _composed(maps, plan.after[::-1], v.shape[3], transposed=True)
+
+    if plan.before and plan.after:
+        return span_backward(
+            dout, *inputs, tuple(saved), plan.documents, outgoing, plan.first_stop,
+            scale=shard.scale, normalize_qk=normalize_qk,
+        )  # fmt: skip
     dstate, _ = _empty_map(q, v)
-    if plan.before or not plan.after:
-        *found, dinitial = backward(None)
-        if plan.before:
-            dstate = dinitial
-        if not plan.after:
-            grads = tuple(found)
-    maps = all_gather(torch.cat((dstate, m), -1), shard.group).wait() if plan.moves else None
-    if grads is None:
-        assert maps is not None
-        dfinal = _composed(maps, plan.after[::-1], v.shape[3], transposed=True)
-        *found, _ = backward(dfinal)
-        grads = tuple(found)
-    return grads
+    dfinal = outgoing(dstate) if plan.after else None
+    found: tuple[Tensor, ...] = torch.ops.olmo_core.gated_delta_rule_backward(
+        dout, dfinal, *inputs, *saved, plan.documents, shard.scale, normalize_qk
+    )
+    if plan.moves and not plan.after:
+        _gathered(found[5] if plan.before else dstate, m, shard)
+    return found[:5]
+
+
+def _gathered(n: Tensor, m: Tensor, shard: Shard) -> Tensor:
+    """[N | M] of all ranks, ``(all ranks, b, heads, k, v + k)``."""
+    return all_gather(torch.cat((n, m), -1), shard.group).wait()
 
 
 def _plan(q: Tensor, arguments: Sequence[Any]) -> tuple[Shard, StatePlan]:
@@ -227,7 +217,7 @@ _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta"
 _KEPT = "Tensor m, Tensor states, Tensor updates, Tensor inverses, Tensor scores, Tensor erasers"
 LIBRARY.define(
     f"sharded_gated_delta_rule({_INPUTS}, bool normalize_qk, bool save, {ARGUMENTS}) "
-    f"-> ({', '.join(['Tensor'] * (2 + _SAVED))})",
+    f"-> ({', '.join(['Tensor'] * (2 + SAVED))})",
     tags=TAGS,
 )
 LIBRARY.define(

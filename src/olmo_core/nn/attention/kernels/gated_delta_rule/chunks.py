@@ -112,10 +112,15 @@ class ChunkGrid:
     def padding(self) -> int:
         return self.chunks * self.chunk - self.tokens
 
-    def blocks(self) -> Iterator[slice]:
-        """The chunks of each block, first to last."""
-        for start in range(0, self.chunks, self.block):
-            yield slice(start, min(start + self.block, self.chunks))
+    def blocks(self, first: int = 0, stop: int | None = None) -> Iterator[slice]:
+        """The chunks of each block, first to last, of those from ``first`` to before ``stop``."""
+        stop = self.chunks if stop is None else stop
+        for start in range(first, stop, self.block):
+            yield slice(start, min(start + self.block, stop))
+
+    def chunk_of(self, token: int) -> int:
+        """The chunk that holds a token."""
+        return (self.padding + token) // self.chunk
 
     def pad(self, x: Tensor) -> Tensor:
         """x (B, T, ...) as (B, N*C, ...); x itself where nothing is missing."""
@@ -141,6 +146,10 @@ class ChunkGrid:
         heads = x.view(self.chunks, self.batch, self.value_heads, self.chunk)
         # Flattening a single chunk leaves a view of it.
         return self.unpad(heads.permute(1, 0, 3, 2).flatten(1, 2)).contiguous()
+
+    def state(self, x: Tensor) -> Tensor:
+        """x (R, K, ...) as (B, HV, K, ...)."""
+        return x.view(self.batch, self.value_heads, *x.shape[1:])
 
     def document_ids(self, cu_doc_lens: Tensor) -> Tensor:
         """The document of each position (N, C), for cu_doc_lens over the flattened tokens.

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +30,22 @@ from olmo_core.nn.lengths import check_cu_doc_lens
 from .chunks import ChunkGrid, accumulation_dtype
 from .torch_backward import chunked_backward
 from .torch_forward import Saved, chunked_forward
-from .triton_rule import saved_like, triton_backward, triton_forward, unsupported
+from .torch_span import chunked_span_backward, chunked_span_forward
+from .triton_rule import (
+    saved_like,
+    triton_backward,
+    triton_forward,
+    triton_span_backward,
+    triton_span_forward,
+    unsupported,
+)
 
-__all__ = ["FORMS", "gated_delta_rule"]
+__all__ = ["FORMS", "SAVED", "Form", "form_of", "gated_delta_rule", "saved_outputs"]
 
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 _CALL: dict[str, Callable[..., Any]] = {}
-_SAVED = len(fields_of(Saved))
+SAVED = len(fields_of(Saved))
+"""How many tensors forward keeps for backward."""
 
 
 def gated_delta_rule(
@@ -163,14 +171,16 @@ def _check_inputs(
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """One implementation: forward, backward, and room for what goes from one to the other."""
 
     forward: Callable[..., tuple[Tensor, Tensor, Saved | None]]
     backward: Callable[..., tuple[Tensor, ...]]
     saved: Callable[[Tensor, Tensor], Saved]
-    to_state: Callable[..., tuple[Tensor, Tensor, Saved | None]]
-    """``forward`` for the final state alone."""
+    span_forward: Callable[..., tuple[Tensor, Tensor, Saved | None]] | None = None
+    """As :func:`.torch_span.chunked_span_forward`; without it, :mod:`.span` calls the two above."""
+    span_backward: Callable[..., tuple[Tensor, ...]] | None = None
+    """Likewise."""
 
 
 def _torch_saved(q: Tensor, v: Tensor) -> Saved:
@@ -179,24 +189,30 @@ def _torch_saved(q: Tensor, v: Tensor) -> Saved:
     return Saved(*(q.new_empty(shape, dtype=dtype) for shape in shapes))
 
 
-FORMS: tuple[Row[_Form], ...] = (
+FORMS: tuple[Row[Form], ...] = (
     Row(
         "triton",
-        _Form(triton_forward, triton_backward, saved_like, triton_forward),
+        Form(
+            triton_forward, triton_backward, saved_like, triton_span_forward, triton_span_backward
+        ),
         "its kernels serve these inputs here",
         unsupported,
     ),
     Row(
         "torch",
-        _Form(
-            chunked_forward, chunked_backward, _torch_saved, partial(chunked_forward, outputs=False)
+        Form(
+            chunked_forward,
+            chunked_backward,
+            _torch_saved,
+            chunked_span_forward,
+            chunked_span_backward,
         ),
         "runs anywhere, in any dtype",
     ),
 )
 
 
-def _form(q: Tensor, v: Tensor) -> _Form:
+def form_of(q: Tensor, v: Tensor) -> Form:
     """A function of what forward, backward and fake tensors know alike."""
     return choose(FORMS, q, v).run
 
@@ -214,7 +230,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, ...]:
     with torch.autocast(q.device.type, enabled=False):
-        out, state, saved = _form(q, v).forward(
+        out, state, saved = form_of(q, v).forward(
             q,
             k,
             v,
@@ -226,34 +242,12 @@ def _forward(
             normalize_qk=normalize_qk,
             save=save,
         )
-    return out, state, *_saved_outputs(saved, state)
+    return out, state, *saved_outputs(saved, state)
 
 
-def final_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    *,
-    scale: float,
-    normalize_qk: bool,
-) -> Tensor:
-    """The final state of :func:`gated_delta_rule` (B, HV, K, V), without its outputs where that
-    costs less. For the inside of ops: nothing is checked, and it has no gradient."""
-    with torch.autocast(q.device.type, enabled=False):
-        return _form(q, v).to_state(
-            q, k, v, g, beta, initial_state, None,
-            scale=scale, normalize_qk=normalize_qk, save=False,
-        )[1]  # fmt: skip
-
-
-def _saved_outputs(saved: Saved | None, like: Tensor) -> list[Tensor]:
+def saved_outputs(saved: Saved | None, like: Tensor) -> list[Tensor]:
     """What is saved, with empty tensors for what is not."""
-    fields = (
-        [None] * _SAVED if saved is None else [getattr(saved, f.name) for f in fields_of(Saved)]
-    )
+    fields = [None] * SAVED if saved is None else [getattr(saved, f.name) for f in fields_of(Saved)]
     return [like.new_empty(0) if x is None else x for x in fields]
 
 
@@ -272,8 +266,8 @@ def _forward_fake(
     grid = ChunkGrid.of(q, v)
     dtype = accumulation_dtype(q.dtype)
     state = q.new_empty((grid.batch, grid.value_heads, grid.key_dim, grid.value_dim), dtype=dtype)
-    saved = _form(q, v).saved(q, v) if save else None
-    return v.new_empty(v.shape), state, *_saved_outputs(saved, state)
+    saved = form_of(q, v).saved(q, v) if save else None
+    return v.new_empty(v.shape), state, *saved_outputs(saved, state)
 
 
 def _backward(
@@ -294,7 +288,7 @@ def _backward(
     normalize_qk: bool,
 ) -> tuple[Tensor, ...]:
     with torch.autocast(q.device.type, enabled=False):
-        return _form(q, v).backward(
+        return form_of(q, v).backward(
             dout,
             dfinal,
             q,
@@ -343,7 +337,7 @@ def _register() -> None:
     saved = "Tensor states, Tensor updates, Tensor inverses, Tensor scores, Tensor erasers"
     _LIB.define(
         f"gated_delta_rule({inputs}, Tensor? initial_state, Tensor? cu_doc_lens, {options}, "
-        f"bool save) -> ({', '.join(['Tensor'] * (2 + _SAVED))})"
+        f"bool save) -> ({', '.join(['Tensor'] * (2 + SAVED))})"
     )
     _LIB.define(
         f"gated_delta_rule_backward(Tensor dout, Tensor? dfinal, {inputs}, {saved}, "

@@ -34,7 +34,7 @@ from .torch_forward import (
     scores,
 )
 
-__all__ = ["chunked_backward"]
+__all__ = ["Backward", "chunked_backward"]
 
 
 def chunked_backward(
@@ -56,42 +56,20 @@ def chunked_backward(
     :param dout: (B, T, HV, V), the gradient of the output.
     :param dfinal: (B, HV, K, V), the gradient of the final state; None for zero.
     """
-    problem = _Problem.of(q, k, v, g, beta, saved, cu_doc_lens, scale, normalize_qk)
-    grid, dtype = problem.grid, problem.dtype
-    dout = grid.chunked(grid.pad(dout))
-    N, R, C, K, V = grid.chunks, grid.rows, grid.chunk, grid.key_dim, grid.value_dim
-    padded = (grid.batch, N * C)
-    dq, dk = (q.new_empty(*padded, grid.key_heads, K) for _ in range(2))
-    dv = v.new_empty(*padded, grid.value_heads, V)
-    dlog, dbeta = (q.new_empty(N, R, C, dtype=dtype) for _ in range(2))
-    dstate = q.new_zeros(R, K, V, dtype=dtype)
-    if dfinal is not None:
-        dstate.copy_(dfinal.reshape(R, K, V))
-
-    dqs, dks, dvs = (grid.chunked(x) for x in (dq, dk, dv))
-    for block in reversed(list(grid.blocks())):
-        step = _Block(problem, block)
-        dstate = step.scan(dout[block], dstate)
-        step.values_gradient(dvs[block], dbeta[block])
-        step.queries_keys_gradients(dqs[block], dks[block], dlog[block], dbeta[block])
-
-    # log is a running sum of g inside each chunk.
-    dg = grid.ungate(dlog.flip(-1).cumsum(-1).flip(-1)).to(g.dtype)
-    dq, dk, dv = (grid.unpad(x) for x in (dq, dk, dv))
-    dinitial = dstate.view(grid.batch, grid.value_heads, K, V)
-    return dq, dk, dv, dg, grid.ungate(dbeta).to(beta.dtype), dinitial
+    problem = Backward.of(q, k, v, g, beta, saved, cu_doc_lens, scale, normalize_qk)
+    return problem.gradients(dout, dfinal)
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """What all blocks share: chunked inputs, factors, decays, what forward saved, scratch."""
+class Backward:
+    """A backward pass: its chunked inputs, factors, decays, what forward saved, scratch."""
 
     grid: ChunkGrid
-    dtype: torch.dtype
     q: Tensor
     k: Tensor
     v: Tensor
     betas: Tensor
+    gate_dtypes: tuple[torch.dtype, torch.dtype]
     decays: Decays
     factors: tuple[Tensor | float, Tensor | float]
     saved: Saved
@@ -110,16 +88,16 @@ class _Problem:
         cu_doc_lens: Tensor | None,
         scale: float,
         normalize_qk: bool,
-    ) -> _Problem:
+    ) -> Backward:
         grid = ChunkGrid.of(q, v)
         dtype = accumulation_dtype(q.dtype)
-        return _Problem(
+        return Backward(
             grid=grid,
-            dtype=dtype,
             q=grid.chunked(grid.pad(q)),
             k=grid.chunked(grid.pad(k)),
             v=grid.chunked(grid.pad(v)),
             betas=grid.gates(beta, dtype),
+            gate_dtypes=(g.dtype, beta.dtype),
             decays=Decays.of(grid, g, cu_doc_lens, dtype),
             factors=query_key_factors(grid, q, k, scale, normalize_qk),
             saved=saved,
@@ -128,11 +106,49 @@ class _Problem:
             work=Workspace(grid, dtype, q.device),
         )
 
+    def gradients(
+        self, dout: Tensor, dfinal: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What :func:`chunked_backward` returns."""
+        grid, q, v = self.grid, self.q, self.v
+        dout = grid.chunked(grid.pad(dout))
+        N, R, C, K, V = grid.chunks, grid.rows, grid.chunk, grid.key_dim, grid.value_dim
+        padded = (grid.batch, N * C)
+        dq, dk = (q.new_empty(*padded, grid.key_heads, K) for _ in range(2))
+        dv = v.new_empty(*padded, grid.value_heads, V)
+        dlog, dbeta = (self.betas.new_empty(N, R, C) for _ in range(2))
+        dstate = self.betas.new_zeros(R, K, V)
+        if dfinal is not None:
+            dstate.copy_(dfinal.reshape(R, K, V))
+
+        dqs, dks, dvs = (grid.chunked(x) for x in (dq, dk, dv))
+        for block in reversed(list(grid.blocks())):
+            step = _Block(self, block)
+            dstate = step.scan(dout[block], dstate)
+            step.values_gradient(dvs[block], dbeta[block])
+            step.queries_keys_gradients(dqs[block], dks[block], dlog[block], dbeta[block])
+
+        # log is a running sum of g inside each chunk.
+        dg = grid.ungate(dlog.flip(-1).cumsum(-1).flip(-1)).to(self.gate_dtypes[0])
+        dbeta = grid.ungate(dbeta).to(self.gate_dtypes[1])
+        dq, dk, dv = (grid.unpad(x) for x in (dq, dk, dv))
+        return dq, dk, dv, dg, dbeta, grid.state(dstate)
+
+    def initial_gradient(self, dout: Tensor, stop: int) -> Tensor:
+        """The last of :meth:`gradients`, without dfinal and from the first ``stop`` tokens alone,
+        in two fifths of the time."""
+        grid = self.grid
+        dout = grid.chunked(grid.pad(dout))
+        dstate = self.betas.new_zeros(grid.rows, grid.key_dim, grid.value_dim)
+        for block in reversed(list(grid.blocks(0, grid.chunk_of(stop - 1) + 1))):
+            dstate = _Block(self, block).carry(dout[block], dstate)
+        return grid.state(dstate)
+
 
 class _Block:
     """One block's gradients: :meth:`scan` first, from its last chunk to its first."""
 
-    def __init__(self, problem: _Problem, block: slice) -> None:
+    def __init__(self, problem: Backward, block: slice) -> None:
         p, grid = problem, problem.grid
         n, R, C, V = block.stop - block.start, grid.rows, grid.chunk, grid.value_dim
         self.p, self.grid, self.block, self.work = problem, grid, block, p.work
@@ -154,7 +170,16 @@ class _Block:
         self.dstates = p.work("dstates", n + 1, R, grid.key_dim, V)
 
     def scan(self, dout: Tensor, dstate: Tensor) -> Tensor:
-        """Fill dX and the states' gradients, given that of the outgoing one; returns dS."""
+        """:meth:`carry`, and fill dX."""
+        dstate = self.carry(dout, dstate)
+        inverses = self.p.saved.inverses[self.block].flatten(0, 1)
+        du = self.work("dU", *self.rows, self.grid.value_dim)
+        torch.bmm(inverses.transpose(1, 2), du.flatten(0, 1), out=self.dx.flatten(0, 1))
+        torch.neg(self.dx, out=self.douts[:, :, 1])
+        return dstate
+
+    def carry(self, dout: Tensor, dstate: Tensor) -> Tensor:
+        """Fill dU and the states' gradients, given that of the outgoing one; returns dS."""
         grid, (n, R, C) = self.grid, self.rows
         self.douts[:, :, 0].view(dout.shape).copy_(dout)
         do = self.douts[:, :, 0].flatten(0, 1)
@@ -184,9 +209,6 @@ class _Block:
         for u, writer, w_transposed, decay, after, before in reversed(list(steps)):
             u.baddbmm_(writer, after)
             before.baddbmm_(w_transposed, u, alpha=-1).addcmul_(after, decay)
-        dx = self.dx.flatten(0, 1)
-        torch.bmm(inverses.transpose(1, 2), du.flatten(0, 1), out=dx)
-        torch.neg(self.dx, out=self.douts[:, :, 1])
         return chunks[0].clone()
 
     def values_gradient(self, dv: Tensor, dbeta: Tensor) -> None:

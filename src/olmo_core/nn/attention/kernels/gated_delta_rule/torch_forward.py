@@ -15,7 +15,9 @@ block of chunks at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ from .chunks import (
 )
 
 __all__ = [
+    "Forward",
+    "Prepared",
     "Saved",
     "chunked_forward",
     "load_queries_keys",
@@ -37,6 +41,10 @@ __all__ = [
     "readers_writers",
     "scores",
 ]
+
+
+Room = Callable[..., Tensor]
+"""Memory for a tensor: called as a :class:`.chunks.Workspace` is, with a name and a shape."""
 
 
 @dataclass(frozen=True)
@@ -73,66 +81,129 @@ def chunked_forward(
     scale: float,
     normalize_qk: bool,
     save: bool,
-    outputs: bool = True,
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """The output (B, T, HV, V), the final state (B, HV, K, V), and with ``save`` the rest.
-
-    Without ``outputs`` the first is empty, and a third of the work is left out.
 
     The arguments are those of :func:`.op.gated_delta_rule`, already checked; B is 1
     where ``cu_doc_lens`` is given.
     """
-    grid = ChunkGrid.of(q, v)
-    dtype = accumulation_dtype(q.dtype)
-    work = Workspace(grid, dtype, q.device)
-    decays = Decays.of(grid, g, cu_doc_lens, dtype)
-    betas = grid.gates(beta, dtype)
-    factors = query_key_factors(grid, q, k, scale, normalize_qk)
-    q, k, v = (grid.chunked(grid.pad(x)) for x in (q, k, v))
+    forward = Forward.of(q, k, v, g, beta, cu_doc_lens, scale, normalize_qk, save)
+    state = forward.state(initial_state)
+    for block in forward.grid.blocks():
+        state = forward.advance(block, forward.prepare(block), state)
+    return forward.results(state)
 
-    new = q.new_empty
-    N, R, C, K, V = grid.chunks, grid.rows, grid.chunk, grid.key_dim, grid.value_dim
-    out = new(grid.batch, N * C if outputs else 0, grid.value_heads, V, dtype=v.dtype)
-    outs = grid.chunked(out)
-    saved = None
-    if save:
-        saved = Saved(*(new(shape, dtype=dtype) for shape in Saved.shapes(grid)))
-    state = new(R, K, V, dtype=dtype)
-    if initial_state is None:
-        state.zero_()
-    else:
-        state.copy_(initial_state.reshape(R, K, V))
 
-    for block in grid.blocks():
-        n = block.stop - block.start
-        states = saved.states[block] if saved else work("states", n, R, K, V)
-        updates = saved.updates[block] if saved else work("updates", n, R, C, V)
+class Prepared(NamedTuple):
+    """All that is known of chunks before their incoming states are."""
 
-        qk = load_queries_keys(grid, q, k, factors, block, work)
-        gamma = decays.pairwise(block, work("gamma", n, R, C, C))
-        attention, system = scores(grid, qk, gamma, work).unbind(2)
-        beta = betas[block].unsqueeze(-1)
+    readers: Tensor
+    """(n, R, C, K): e^c Q."""
+    writers: Tensor
+    """(n, R, C, K): e^(c_C - c) K."""
+    w: Tensor
+    """(n, R, C, K): W."""
+    updates: Tensor
+    """(n, R, C, V): T (beta V), of which :meth:`Forward.advance` makes U in place."""
+    attention: Tensor
+    """(n, R, C, C): tril(Q K^T * Gamma)."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass: each block is prepared, in any order, and advanced, first to last."""
+
+    grid: ChunkGrid
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    betas: Tensor
+    decays: Decays
+    factors: tuple[Tensor | float, Tensor | float]
+    out: Tensor
+    saved: Saved | None
+    work: Workspace
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        cu_doc_lens: Tensor | None,
+        scale: float,
+        normalize_qk: bool,
+        save: bool,
+    ) -> Forward:
+        grid = ChunkGrid.of(q, v)
+        dtype = accumulation_dtype(q.dtype)
+        shapes = Saved.shapes(grid)
+        return Forward(
+            grid=grid,
+            q=grid.chunked(grid.pad(q)),
+            k=grid.chunked(grid.pad(k)),
+            v=grid.chunked(grid.pad(v)),
+            betas=grid.gates(beta, dtype),
+            decays=Decays.of(grid, g, cu_doc_lens, dtype),
+            factors=query_key_factors(grid, q, k, scale, normalize_qk),
+            out=v.new_empty(grid.batch, grid.chunks * grid.chunk, grid.value_heads, grid.value_dim),
+            saved=Saved(*(q.new_empty(x, dtype=dtype) for x in shapes)) if save else None,
+            work=Workspace(grid, dtype, q.device),
+        )
+
+    def state(self, initial: Tensor | None) -> Tensor:
+        """The first incoming state (R, K, V), of one (B, HV, K, V); None for zero."""
+        state = self.betas.new_zeros(self.grid.rows, self.grid.key_dim, self.grid.value_dim)
+        return state if initial is None else state.copy_(initial.reshape(state.shape))
+
+    def prepare(self, block: slice, room: Room | None = None) -> Prepared:
+        """
+        :param room: For the result; without it, that is scratch until the next call.
+        """
+        grid, work, saved = self.grid, self.work, self.saved
+        room = room or work
+        rows = (block.stop - block.start, grid.rows, grid.chunk)
+        updates = saved.updates[block] if saved else room("updates", *rows, grid.value_dim)
+        qk = load_queries_keys(grid, self.q, self.k, self.factors, block, work)
+        gamma = self.decays.pairwise(block, work("gamma", *rows, grid.chunk))
+        attention, system = scores(grid, qk, gamma, work, room).unbind(2)
+        beta = self.betas[block].unsqueeze(-1)
         inverses = invert_unit_lower(torch.mul(system, beta, out=gamma).flatten(0, 1))
         if saved:
-            saved.inverses[block].copy_(inverses.view(n, R, C, C))
-        readers, writers, erasers = readers_writers(grid, qk, decays, betas, block, work)
+            saved.inverses[block].copy_(inverses.view_as(gamma))
+        readers, writers, erasers = readers_writers(
+            grid, qk, self.decays, self.betas, block, work, room
+        )
 
-        values = work("values", n, grid.batch, grid.value_heads, C, V)
-        torch.mul(v[block], beta.view(*values.shape[:-1], 1), out=values)
-        torch.bmm(inverses, values.view(n * R, C, V), out=updates.flatten(0, 1))
-        w = work("w", n, R, C, K)
+        values = self._values(rows[0])
+        torch.mul(self.v[block], beta.view(*values.shape[:-1], 1), out=values)
+        torch.bmm(inverses, values.flatten(0, 2), out=updates.flatten(0, 1))
+        w = room("w", *rows, grid.key_dim)
         torch.bmm(inverses, erasers.flatten(0, 1), out=w.flatten(0, 1))
-        state = _scan(w, writers, decays.whole[block], updates, states, state)
-        if not outputs:
-            continue
+        return Prepared(readers, writers, w, updates, attention)
 
-        inner = values.view(n * R, C, V)
+    def advance(self, block: slice, prepared: Prepared, state: Tensor) -> Tensor:
+        """Write the block's outputs, complete its updates, return its outgoing state."""
+        readers, writers, w, updates, attention = prepared
+        n, R, K, V = updates.shape[0], *state.shape
+        states = self.saved.states[block] if self.saved else self.work("states", n, R, K, V)
+        state = _scan(w, writers, self.decays.whole[block], updates, states, state)
+        values = self._values(n)
+        inner = values.flatten(0, 2)
         torch.bmm(attention.flatten(0, 1), updates.flatten(0, 1), out=inner)
         inner.baddbmm_(readers.flatten(0, 1), states.flatten(0, 1))
-        outs[block].copy_(values)
+        self.grid.chunked(self.out)[block].copy_(values)
+        return state
 
-    final = state.view(grid.batch, grid.value_heads, K, V)
-    return grid.unpad(out) if outputs else out, final, saved
+    def results(self, state: Tensor) -> tuple[Tensor, Tensor, Saved | None]:
+        """What :func:`chunked_forward` returns, from the last outgoing state."""
+        grid = self.grid
+        return grid.unpad(self.out), grid.state(state), self.saved
+
+    def _values(self, n: int) -> Tensor:
+        grid = self.grid
+        return self.work("values", n, grid.batch, grid.value_heads, grid.chunk, grid.value_dim)
 
 
 def query_key_factors(
@@ -171,29 +242,38 @@ def load_queries_keys(
     return qk
 
 
-def scores(grid: ChunkGrid, qk: Tensor, gamma: Tensor, work: Workspace) -> Tensor:
+def scores(
+    grid: ChunkGrid, qk: Tensor, gamma: Tensor, work: Workspace, room: Room | None = None
+) -> Tensor:
     """``Q K^T * Gamma`` and ``K K^T * Gamma`` as (n, R, 2, C, C); both see the diagonal."""
     n, rows, G, C = qk.shape[0], grid.key_rows, grid.group, grid.chunk
     raw = work("raw scores", n, rows, 1, 2, C, C)
     keys = qk[:, :, :, 1].flatten(0, 2)
     torch.bmm(qk.view(n * rows, 2 * C, -1), keys.transpose(1, 2), out=raw.view(-1, 2 * C, C))
-    gated = work("scores", n, rows, G, 2, C, C)
+    gated = (room or work)("scores", n, rows, G, 2, C, C)
     torch.mul(raw, gamma.view(n, rows, G, 1, C, C), out=gated)
     return gated.view(n, grid.rows, 2, C, C)
 
 
 def readers_writers(
-    grid: ChunkGrid, qk: Tensor, decays: Decays, betas: Tensor, block: slice, work: Workspace
+    grid: ChunkGrid,
+    qk: Tensor,
+    decays: Decays,
+    betas: Tensor,
+    block: slice,
+    work: Workspace,
+    room: Room | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What meets a state, each (n, R, C, K): ``e^c Q`` reads the incoming one, ``e^(c_C - c) K``
-    writes to the outgoing one, and ``beta e^c K`` is what T makes W of."""
+    writes to the outgoing one, and ``beta e^c K`` is what T makes W of. ``room`` is for the first
+    two."""
     n, G, C, K = qk.shape[0], grid.group, grid.chunk, grid.key_dim
     q, k = qk.view(n, grid.key_rows, 1, 2, C, K).unbind(3)
     from_start = decays.from_start[block]
     factors = from_start, decays.to_end[block], betas[block] * from_start
     out = []
     for name, x, factor in zip(("readers", "writers", "erasers"), (q, k, k), factors, strict=True):
-        target = work(name, n, grid.key_rows, G, C, K)
+        target = (work if name == "erasers" else room or work)(name, n, grid.key_rows, G, C, K)
         torch.mul(x, factor.view(*target.shape[:-1], 1), out=target)
         out.append(target.view(n, grid.rows, C, K))
     return out[0], out[1], out[2]

@@ -15,6 +15,8 @@ f x, as if f were a constant, dx = d - rsqrt(<x, x> + eps)^2 x <x, d>.
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -55,7 +57,7 @@ def _scan(
     K_PAD: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """dU = P^T dO + (e^(c_C - c) K) dS'. W^T dU is (beta e^c K)^T dX."""
+    """dU = P^T dO + (e^(c_C - c) K) dS'. W^T dU is (beta e^c K)^T dX. Keeps dU and dS' if asked."""
     block, row = tl.program_id(0), tl.program_id(1)
     i, k_columns = tl.arange(0, C), tl.arange(0, K_PAD)
     v_columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -63,7 +65,7 @@ def _scan(
     state_keep = (k_columns < K)[:, None] & (v_columns < V)[None, :]
     w_at, w_keep = i[:, None] * K + k_columns[None, :], (k_columns < K)[None, :]
     u_at, u_keep = i[:, None] * V + v_columns[None, :], (v_columns < V)[None, :]
-    low = dstates_ptr.dtype.element_ty
+    low = w_ptr.dtype.element_ty
 
     row_state = row.to(tl.int64) * (K * V)
     first, stop, last = 0, chunks, chunks
@@ -95,11 +97,14 @@ def _scan(
         whole = whole_decay(factors_ptr, chunk_row, C)
 
         outgoing = dstate.to(low)
-        tl.store(dstates_ptr + chunk_row * (K * V) + state_at, outgoing, mask=state_keep & mine)
+        if dstates_ptr is not None:
+            kept_at = chunk_row * (K * V) + state_at
+            tl.store(dstates_ptr + kept_at, outgoing, mask=state_keep & mine)
         scaled = dout.to(tl.float32) * query[:, None]
         du = tl.dot(k, outgoing) * (key * write)[:, None]
         total = tl.dot(tl.trans(scores), scaled.to(low), du)
-        tl.store(du_ptr + chunk_row * (C * V) + u_at, total.to(low), mask=u_keep & mine)
+        if du_ptr is not None:
+            tl.store(du_ptr + chunk_row * (C * V) + u_at, total.to(low), mask=u_keep & mine)
         reads = (scaled * read[:, None]).to(low)
         dstate = tl.dot(tl.trans(q), reads, dstate * whole)
         dstate = tl.dot(tl.trans(w), (-total).to(low), dstate)
@@ -302,10 +307,15 @@ def _finish(
 
 
 def launch_backward(
-    grid: ChunkGrid, dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-    g: Tensor, beta: Tensor, ids: Tensor | None, saved: Saved, scale: float, normalize_qk: bool,
+    grid: ChunkGrid, dout: Tensor, dfinal: Tensor | Callable[[Tensor], Tensor] | None, q: Tensor,
+    k: Tensor, v: Tensor, g: Tensor, beta: Tensor, ids: Tensor | None, saved: Saved, scale: float,
+    normalize_qk: bool, reach: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, v, g, beta and the initial state. ``ids`` are the documents (N, C)."""
+    """The gradients of q, k, v, g, beta and the initial state. ``ids`` are the documents (N, C).
+
+    dfinal may be a function of the initial state's gradient, as the first ``reach`` chunks give it
+    without dfinal.
+    """
     N, R, C, K, V = grid.chunks, grid.rows, grid.chunk, grid.key_dim, grid.value_dim
     factors, sizes = compute_factors(grid, q, k, g, beta, ids, scale, normalize_qk)
     documents = sizes.pop("DOCUMENTS")
@@ -313,15 +323,23 @@ def launch_backward(
     values = {"V": V, "BLOCK_V": NARROWEST}
     common = (grid.padding, R)
 
+    def scan(
+        dfinal: Tensor | None, du: Tensor | None, dstates: Tensor | None, chunks: int, spans: int
+    ) -> Tensor:
+        dinitial = factors.new_empty(grid.batch, grid.value_heads, K, V)
+        _scan[(triton.cdiv(V, NARROWEST), R, spans)](
+            dout, q, k, saved.erasers, saved.scores, factors, ids,
+            None if dfinal is None else dfinal.contiguous(), du, dstates, dinitial, *common, chunks,
+            *strides(dout, q, k), **sizes, **values, STAGES=1 if wide else 3, DOCUMENTS=documents,
+            num_warps=8 if wide else 4,
+        )  # fmt: skip
+        return dinitial
+
+    if callable(dfinal):
+        dfinal = dfinal(scan(None, None, None, reach, 1))
     du, dstates = q.new_empty(N, R, C, V), torch.empty_like(saved.states)
-    dinitial = factors.new_empty(grid.batch, grid.value_heads, K, V)
     spans = spans_for(triton.cdiv(V, NARROWEST) * R, N, q) if documents else 1
-    _scan[(triton.cdiv(V, NARROWEST), R, spans)](
-        dout, q, k, saved.erasers, saved.scores, factors, ids,
-        None if dfinal is None else dfinal.contiguous(), du, dstates, dinitial, *common, N,
-        *strides(dout, q, k), **sizes, **values, STAGES=1 if wide else 3, DOCUMENTS=documents,
-        num_warps=8 if wide else 4,
-    )  # fmt: skip
+    dinitial = scan(dfinal, du, dstates, N, spans)
 
     dq, dk, dv, dg, dbeta = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)

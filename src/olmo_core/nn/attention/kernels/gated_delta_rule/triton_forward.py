@@ -8,6 +8,8 @@ The gated delta rule's forward pass in Triton. Two launches after the factors:
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -174,10 +176,13 @@ def _scan(
 
 def launch_forward(
     grid: ChunkGrid, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
-    initial_state: Tensor | None, ids: Tensor | None, saved: Saved | None, scale: float,
-    normalize_qk: bool,
+    initial_state: Tensor | Callable[..., Tensor] | None, ids: Tensor | None, saved: Saved | None,
+    scale: float, normalize_qk: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output and the final state; fills ``saved``. ``ids`` are the documents (N, C)."""
+    """The output and the final state; fills ``saved``. ``ids`` are the documents (N, C).
+
+    The initial state may be a function of the factors, W and T (beta V).
+    """
     N, R, C, K, V = grid.chunks, grid.rows, grid.chunk, grid.key_dim, grid.value_dim
     factors, sizes = compute_factors(grid, q, k, g, beta, ids, scale, normalize_qk)
     documents = sizes.pop("DOCUMENTS")
@@ -201,6 +206,8 @@ def launch_forward(
         num_warps=warps, num_stages=3,
     )  # fmt: skip
 
+    if callable(initial_state):
+        initial_state = initial_state(factors, w, values)
     final = factors.new_empty(grid.batch, grid.value_heads, K, V)
     initial = None if initial_state is None else initial_state.contiguous()
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)

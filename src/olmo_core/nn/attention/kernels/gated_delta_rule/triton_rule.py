@@ -8,6 +8,7 @@ inverse of a chunk is float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -20,7 +21,14 @@ from olmo_core.nn.attention.kernels.triton_driver import INTERPRETED, triton_ref
 from .chunks import ChunkGrid
 from .torch_forward import Saved
 
-__all__ = ["saved_like", "triton_backward", "triton_forward", "unsupported"]
+__all__ = [
+    "saved_like",
+    "triton_backward",
+    "triton_forward",
+    "triton_span_backward",
+    "triton_span_forward",
+    "unsupported",
+]
 
 _CHUNK = 64  # tokens: the row count of one tensor core instruction
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -122,6 +130,68 @@ def triton_backward(
     ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
     dout, q, k, v = rows(dout, q, k, v)
     return launch_backward(grid, dout, dfinal, q, k, v, g, beta, ids, saved, scale, normalize_qk)
+
+
+def triton_span_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_doc_lens: Tensor | None,
+    incoming: Callable[[Tensor, Tensor], Tensor],
+    last_start: int,
+    *,
+    scale: float,
+    normalize_qk: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Saved | None]:
+    """Like :func:`.torch_span.chunked_span_forward`, for what these kernels serve."""
+    from .triton_forward import launch_forward
+    from .triton_span import launch_map
+
+    grid = _grid(q, v)
+    saved = saved_like(q, v) if save else None
+    ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
+    q, k, v = rows(q, k, v)
+    maps: list[Tensor] = []
+
+    def initial(factors: Tensor, w: Tensor, values: Tensor) -> Tensor:
+        n, m = launch_map(grid, k, factors, w, values, grid.chunk_of(last_start))
+        if ids is not None:  # a document that starts here knows no earlier state
+            m.zero_()
+        maps.append(m)
+        return incoming(n, m)
+
+    out, _ = launch_forward(grid, q, k, v, g, beta, initial, ids, saved, scale, normalize_qk)
+    return out, maps[0], saved
+
+
+def triton_span_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    saved: Saved,
+    cu_doc_lens: Tensor | None,
+    outgoing: Callable[[Tensor], Tensor],
+    first_stop: int,
+    *,
+    scale: float,
+    normalize_qk: bool,
+) -> tuple[Tensor, ...]:
+    """Like :func:`.torch_span.chunked_span_backward`, after :func:`triton_span_forward`."""
+    from .triton_backward import launch_backward
+
+    grid = _grid(q, v)
+    ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
+    dout, q, k, v = rows(dout, q, k, v)
+    reach = grid.chunk_of(first_stop - 1) + 1
+    return launch_backward(
+        grid, dout, outgoing, q, k, v, g, beta, ids, saved, scale, normalize_qk, reach
+    )[:5]
 
 
 def _grid(q: Tensor, v: Tensor) -> ChunkGrid:
