@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import Tensor
 
 from olmo_core.nn.attention.kernels.rope_qk_norm import (
     qk_norm_rope,
@@ -19,6 +18,7 @@ from olmo_core.nn.attention.kernels.rope_qk_norm import (
     row_stat,
     unsupported,
 )
+from olmo_core.nn.dispatch import is_heard
 from olmo_core.nn.layer_norm import CuTeRMSNorm, FusedRMSNorm, LayerNorm, RMSNorm
 from olmo_core.nn.rope import FusedRotaryEmbedding, RotaryEmbedding, RotaryEmbeddingBase
 from olmo_core.nn.sharded import local
@@ -104,7 +104,7 @@ def rotate_packed(
         _check_buffers(q, where)
     if unsupported(q, k) is None and (table := _table(q, rope, where)) is not None:
         return *rope_only(q, k, **table), v
-    if _is_heard(rope):
+    if is_heard(rope):
         q, k, v = rope(qkv, **where).unbind(2)
         return q, k, v
     return *rope.rotate(q, k, False, **where), v  # without a copy of the values
@@ -120,24 +120,12 @@ def _check_buffers(q: Tensor, buffers: dict[str, Tensor]) -> None:
             )
 
 
-def _is_heard(module: nn.Module) -> bool:
-    """Whether somebody sees that a module is called: through a hook, or a forward of its own."""
-    hooks = (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-    )
-    return bool(hooks) or "forward" in vars(module)
-
-
 def _norms_fit(q_norm: LayerNorm | None, k_norm: LayerNorm | None) -> bool:
     """Whether both are the kernel's RMS norm, and nobody must see them called."""
     if q_norm is None or k_norm is None or q_norm.eps != k_norm.eps:
         return False
     return all(
-        type(n) in _NORMS and n.full_precision and n.bias is None and not _is_heard(n)
+        type(n) in _NORMS and n.full_precision and n.bias is None and not is_heard(n)
         for n in (q_norm, k_norm)
     )
 
@@ -160,7 +148,7 @@ def _table(
     """RoPE as the kernel's keywords, or None for what the module does, or refuses, itself."""
     if rope is None:
         return {}
-    if type(rope) not in _ROPES or not rope.full_precision or _is_heard(rope):
+    if type(rope) not in _ROPES or not rope.full_precision or is_heard(rope):
         return None
     if set(where) == {"pos_sin", "pos_cos"}:
         sin, cos = where["pos_sin"], where["pos_cos"]
