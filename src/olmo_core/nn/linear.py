@@ -8,6 +8,7 @@ of both. So a matrix of float32 is cut into blocks, which are views.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from olmo_core.nn.dispatch import is_observed, is_plain
 
-__all__ = ["apply_linear", "linear"]
+__all__ = ["apply_linear", "apply_linears", "linear"]
 
 _MOST_ROWS = 2  # from 4 on MKL's product of two matrices is as good
 _LEAST_WEIGHTS = 2**15  # below, launching counts: a block costs two views more
@@ -23,12 +24,22 @@ _LONGEST_ROW = 2048  # beyond, a single thread's reads of one vector are as good
 _BLOCK, _LEAST_BLOCK = 64, 8
 
 
+def apply_linears(modules: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
+    """``[module(x) for module in modules]``, as :func:`linear` computes it where nothing but the
+    layers' own products would run."""
+    if not _is_short(x):
+        return [module(x) for module in modules]
+    return [
+        _in_blocks(x, module.weight, module.bias)
+        if type(module) is nn.Linear and _suits_blocks(x, module.weight) and is_plain(module)
+        else module(x)
+        for module in modules
+    ]
+
+
 def apply_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """``module(x)``, by :func:`linear` where nothing but the layer's own product would run."""
-    if _is_short(x) and type(module) is nn.Linear and is_plain(module):
-        return linear(x, module.weight, module.bias)
-    out: Tensor = module(x)
-    return out
+    """:func:`apply_linears` of one."""
+    return apply_linears((module,), x)[0]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,12 +52,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not (_is_short(x) and _suits_blocks(x, weight)):
         return F.linear(x, weight, bias)
+    return _in_blocks(x, weight, bias)
+
+
+def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     outputs, inputs = weight.shape
     block = math.gcd(outputs, _BLOCK)
     n = outputs // block
-    rows = x.reshape(-1, inputs)
-    out = torch.bmm(weight.view(n, block, inputs), rows.t().expand(n, -1, -1))
-    out = out.view(outputs, -1).t().reshape(*x.shape[:-1], outputs)
+    rows = x.reshape(1, -1, inputs).expand(n, -1, -1)
+    out = torch.bmm(weight.view(n, block, inputs), rows.mT)  # (n, block, rows)
+    if x.numel() > inputs:
+        out = out.view(outputs, -1).t()
+    out = out.reshape(*x.shape[:-1], outputs)
     return out if bias is None else out + bias
 
 

@@ -51,11 +51,11 @@ def normalize_and_rotate(
     :param share: Where heads are dealt to ranks: sums a statistic of norms that are not
         ``per_head`` over the ranks, differentiably. The norms' ``size`` is then the whole width,
         their weights are this rank's.
-    :param where: Keywords of ``rope``: positions, or buffers with a row for each of the T tokens.
+    :param where: Keywords of ``rope``: positions, the first one of consecutive ones, or buffers
+        with a row for each of the T tokens.
     :raises ValueError: If buffers do not fit.
     """
-    if where and "positions" not in where:
-        _check_buffers(q, where)
+    _check_buffers(q, where)
     stats = widths = None
     fit = q_norm is None or _norms_fit(q_norm, k_norm)
     if share is not None and fit and not per_head and q_norm is not None and k_norm is not None:
@@ -100,8 +100,7 @@ def rotate_packed(
     :returns: Queries, keys and values, each ``(B, T, H, D)``.
     """
     q, k, v = qkv.unbind(2)
-    if where and "positions" not in where:
-        _check_buffers(q, where)
+    _check_buffers(q, where)
     if unsupported(q, k) is None and (table := _table(q, rope, where)) is not None:
         return *rope_only(q, k, **table), v
     if is_heard(rope):
@@ -110,9 +109,11 @@ def rotate_packed(
     return *rope.rotate(q, k, False, **where), v  # without a copy of the values
 
 
-def _check_buffers(q: Tensor, buffers: dict[str, Tensor]) -> None:
+def _check_buffers(q: Tensor, where: dict[str, Any]) -> None:
     """A layer's buffers are its input's rows: of longer ones, nobody knows which rows."""
-    for name, buffer in buffers.items():
+    if "positions" in where or "start_pos" in where:
+        return
+    for name, buffer in where.items():
         if buffer.dim() != 2 or buffer.shape[0] != q.shape[1]:
             raise ValueError(
                 f"{name} must hold a RoPE row for each of the input's {q.shape[1]} positions, got "
@@ -160,8 +161,10 @@ def _table(
         ):
             return None
         return {"sin": sin, "cos": cos, "rotary_dim": rope.rotary_dim}
-    if set(where) not in (set(), {"positions", "max_position"}):
+    if set(where) not in (set(), {"start_pos"}, {"positions", "max_position"}):
         return None
-    sin, cos = rope.get_table(where.get("max_position", q.shape[1]), q.device)
-    positions = where.get("positions")
+    first, positions = where.get("start_pos", 0), where.get("positions")
+    sin, cos = rope.get_table(where.get("max_position", first + q.shape[1]), q.device)
+    if first:
+        sin, cos = (table.narrow(0, first, q.shape[1]) for table in (sin, cos))
     return {"sin": sin, "cos": cos, "positions": positions, "rotary_dim": rope.rotary_dim}
