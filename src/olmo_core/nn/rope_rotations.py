@@ -41,11 +41,13 @@ def rotate_token(
     :param signed_sin: (2, R / 2): what multiplies the other half, for each half.
     """
     both = torch.cat((q, k), heads)
-    dim = signed_sin.numel()
-    halves = both[..., :dim].to(cos.dtype).unflatten(-1, (2, dim // 2))
-    turned = halves.flip(-2).mul_(signed_sin).add_(halves * cos).flatten(-2).to(both.dtype)
+    dim, rest = signed_sin.numel(), None
     if dim < both.shape[-1]:
-        turned = torch.cat((turned, both[..., dim:]), -1)
+        both, rest = both.split((dim, both.shape[-1] - dim), -1)
+    halves = both.to(cos.dtype).reshape(*both.shape[:-1], 2, dim // 2)
+    turned = halves.flip(-2).mul_(signed_sin).add_(halves * cos).view(both.shape).to(q.dtype)
+    if rest is not None:
+        turned = torch.cat((turned, rest), -1)
     q_out, k_out = turned.split((q.shape[heads], k.shape[heads]), heads)
     return q_out, k_out
 

@@ -177,8 +177,9 @@ class DecodingCache(nn.Module, ABC):
         :raises RuntimeError: If the cache would overflow.
         """
         self.check_room(n_tokens)
-        self.host_seqlen += n_tokens
-        self.restorable = min(self.most_restorable, self.restorable + n_tokens)
+        restorable = min(self.most_restorable, self.restorable + n_tokens)
+        # Past Module.__setattr__, which looks for parameters, at each step of each layer.
+        vars(self).update(host_seqlen=self.host_seqlen + n_tokens, restorable=restorable)
 
     def update_seqlen(self, n_tokens: int, leftpad: Tensor | None = None) -> None:
         """Advance all rows by ``n_tokens``, which have been stored.

@@ -52,8 +52,8 @@ def decode(
             if longest_pad > first:
                 index = torch.arange(first, stop, device=q.device, dtype=leftpad.dtype)
                 mask = (index >= leftpad[:, None])[:, None, None, :]
-            seen = (cache.narrow(1, first, stop - first) for cache in (k_cache, v_cache))
-            return _attend(q, *seen, mask, scale)
+            keys, values = (x.narrow(1, first, stop - first) for x in (k_cache, v_cache))
+            return _attend(q, keys, values, mask, scale)
         at_most = min(slots, position + 1)
     store(k_cache, v_cache, k, v, seqlen, leftpad if padded else None, is_ring=is_ring)
     starts, stops = leftpad, (seqlen + 1).expand_as(leftpad)
