@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olmo_core.nn.dispatch import is_observed, is_plain
+from olmo_core.nn.dispatch import is_plain
 
 __all__ = ["apply_linear", "apply_linears", "linear"]
 
@@ -31,7 +31,10 @@ def apply_linears(modules: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
         return [module(x) for module in modules]
     return [
         _in_blocks(x, module.weight, module.bias)
-        if type(module) is nn.Linear and _suits_blocks(x, module.weight) and is_plain(module)
+        if type(module) is nn.Linear
+        and module.weight.numel() >= _LEAST_WEIGHTS
+        and _suits_blocks(x, module.weight)
+        and is_plain(module)
         else module(x)
         for module in modules
     ]
@@ -76,7 +79,10 @@ def _is_short(x: Tensor) -> bool:
         and 0 < x.numel() <= _MOST_ROWS * x.shape[-1]
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not is_observed((x,))
+        and type(x) is Tensor  # and no mode or transform sees it
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from olmo_core.config import Config, StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.buffer_cache import BufferCache
-from olmo_core.nn.dispatch import is_observed
 from olmo_core.nn.rope_checks import check_buffers, document_rows
 from olmo_core.nn.rope_rotations import rotate_halves, rotate_pairs, rotate_token
 from olmo_core.nn.rope_scaling import (
@@ -250,7 +249,6 @@ class RotaryEmbeddingBase(nn.Module):
             and not self.interleaved
             and q.shape[time] == k.shape[time] == 1
             and q.dtype == k.dtype
-            and not is_observed((q, k))
         )
 
     def get_buffers(

@@ -151,7 +151,8 @@ class RoPETable:
             with torch.inference_mode(False), torch.no_grad():
                 cos, sin = table[position].to(dtype).chunk(2)
                 kept = position, dtype, cos, torch.stack((-sin, sin))
-            table._last_row = kept  # type: ignore[attr-defined]
+            if type(cos) is Tensor:  # not one that a fake mode made
+                table._last_row = kept  # type: ignore[attr-defined]
         return kept[2:]
 
     def read(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
