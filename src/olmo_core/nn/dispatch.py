@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = [
     "cast_for_autocast",
@@ -28,9 +29,6 @@ __all__ = [
     "register_differentiable",
     "register_inference",
 ]
-
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def register_differentiable(
@@ -290,17 +288,24 @@ def is_observed(inputs: Sequence[Any]) -> bool:
 
 
 def is_heard(module: nn.Module) -> bool:
-    """Whether ``module`` has hooks, which would not run where a kernel computes what it does."""
-    from torch.nn.modules import module as hooks
-
-    return any(getattr(module, name) for name in _HOOKS) or any(
-        getattr(hooks, f"_global{name}") for name in _HOOKS
+    """Whether somebody sees that ``module`` is called: through a hook, or a forward of its own,
+    which would not run where a kernel computes what it does."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or _has_any_global_hook()
     )
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a kernel may compute what calling ``module`` does: it has no hooks, which would not
     run, and plain parameters (no DTensor)."""
-    return not is_heard(module) and all(
-        p is None or type(p) is nn.Parameter for p in module._parameters.values()
-    )
+    if is_heard(module):
+        return False
+    for p in module._parameters.values():
+        if p is not None and type(p) is not nn.Parameter:
+            return False
+    return True

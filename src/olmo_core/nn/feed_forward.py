@@ -15,6 +15,7 @@ from olmo_core.config import Config, DType, StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.functional import l2_normalize
 from olmo_core.nn.init import InitMethod
+from olmo_core.nn.linear import apply_linear, apply_linears
 from olmo_core.nn.sharded import local
 from olmo_core.nn.tensor_parallel import SharesWidth, TensorParallelTable
 
@@ -154,7 +155,8 @@ class FeedForward(SharesWidth):
         :param x: (..., d_model).
         :returns: (..., d_model).
         """
-        return self.w2(self._act(self.w1(x)) * self.w3(x))
+        gate, hidden = apply_linears((self.w1, self.w3), x)
+        return apply_linear(self.w2, self._act(gate) * hidden)
 
     def tensor_parallel_table(self) -> TensorParallelTable:
         return TensorParallelTable(
@@ -229,9 +231,10 @@ class NormalizedFeedForward(FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to each position; see :meth:`FeedForward.forward`."""
-        gate = self.w1(x) * (local(self.sw1) * math.sqrt(self.d_model))
-        hidden = F.silu(gate) * (self.w3(x) * local(self.sw3))
-        return self.w2(hidden.to(x.dtype))
+        gate, hidden = apply_linears((self.w1, self.w3), x)
+        gate = gate * (local(self.sw1) * math.sqrt(self.d_model))
+        hidden = F.silu(gate) * (hidden * local(self.sw3))
+        return apply_linear(self.w2, hidden.to(x.dtype))
 
     def init_weights(
         self,

@@ -19,6 +19,7 @@ from olmo_core.nn.dispatch import (
     refuse_second_derivative,
     register_differentiable,
 )
+from olmo_core.nn.linear import apply_linears
 
 __all__ = ["project"]
 
@@ -42,7 +43,7 @@ def project(linears: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
         and all(type(w) is nn.Linear and w.bias is None and is_plain(w) for w in linears)
     )
     if not together:
-        return [linear(x) for linear in linears]
+        return apply_linears(linears, x)
     return _project(x, [linear.weight for linear in linears])
 
 

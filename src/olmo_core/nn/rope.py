@@ -17,7 +17,7 @@ from olmo_core.config import Config, StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.buffer_cache import BufferCache
 from olmo_core.nn.rope_checks import check_buffers, document_rows
-from olmo_core.nn.rope_rotations import rotate_halves, rotate_pairs
+from olmo_core.nn.rope_rotations import rotate_halves, rotate_pairs, rotate_token
 from olmo_core.nn.rope_scaling import (
     ABFRoPEScalingConfig,
     PIRoPEScalingConfig,
@@ -224,6 +224,9 @@ class RotaryEmbeddingBase(nn.Module):
                     "RoPE buffers are applied row by row: give either them, already sharded like "
                     "the sequence, or positions with max_position, not both"
                 )
+        elif self._is_token(q, k, time) and positions is max_position is cu_doc_lens is None:
+            cos, sin = self._table.row(start_pos, k.device, dtype)
+            return rotate_token(q, k, cos, sin, heads)
         if cu_doc_lens is not None:
             if positions is not None or max_position is not None or start_pos is not None:
                 raise ValueError(
@@ -237,6 +240,16 @@ class RotaryEmbeddingBase(nn.Module):
         if (fewer := k.shape[time] - q.shape[time]) > 0:
             cos, sin = (x.narrow(-2, fewer, q.shape[time]) for x in (cos, sin))
         return turn(q, cos.unsqueeze(heads), sin.unsqueeze(heads), dim), k_out
+
+    def _is_token(self, q: Tensor, k: Tensor, time: int) -> bool:
+        """Whether this is a step of decoding, where launching counts."""
+        return (
+            not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and not self.interleaved
+            and q.shape[time] == k.shape[time] == 1
+            and q.dtype == k.dtype
+        )
 
     def get_buffers(
         self, max_seq_len: int, device: torch.device | str, dtype: torch.dtype = torch.float32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["rotate_halves", "rotate_pairs"]
+__all__ = ["rotate_halves", "rotate_pairs", "rotate_token"]
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int | None = None) -> Tensor:
@@ -28,6 +28,28 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int | None = 
         cos2, sin2 = cos, sin
     turned = (first * cos - second * sin, second * cos2 + first * sin2, *rest)
     return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+def rotate_token(
+    q: Tensor, k: Tensor, cos: Tensor, signed_sin: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`rotate_halves` of queries and keys of one position, to the bit, in a third of the ops.
+
+    :param q: (..., D), heads in dimension ``heads``.
+    :param k: As ``q``.
+    :param cos: (R / 2,).
+    :param signed_sin: (2, R / 2): what multiplies the other half, for each half.
+    """
+    both = torch.cat((q, k), heads)
+    dim, rest = signed_sin.numel(), None
+    if dim < both.shape[-1]:
+        both, rest = both.split((dim, both.shape[-1] - dim), -1)
+    halves = both.to(cos.dtype).reshape(*both.shape[:-1], 2, dim // 2)
+    turned = halves.flip(-2).mul_(signed_sin).add_(halves * cos).view(both.shape).to(q.dtype)
+    if rest is not None:
+        turned = torch.cat((turned, rest), -1)
+    q_out, k_out = turned.split((q.shape[heads], k.shape[heads]), heads)
+    return q_out, k_out
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int | None = None) -> Tensor:

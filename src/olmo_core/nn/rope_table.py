@@ -136,6 +136,25 @@ class RoPETable:
         cos, sin = tables[0].chunk(2, dim=-1) if buffers is None else tables
         return cos, sin
 
+    def row(
+        self, position: int | None, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """One position's cosines (R / 2,), and its sines as :func:`.rotate_token` takes them.
+
+        The layers of a model ask for the same row in turn, so the last one is kept with the table
+        that it was read from, which is immutable.
+        """
+        position = 0 if position is None else _checked_start(position)
+        table = self.read(position + 1, device, torch.promote_types(dtype, torch.float32))
+        kept: tuple[int, torch.dtype, Tensor, Tensor] | None = getattr(table, "_last_row", None)
+        if kept is None or kept[:2] != (position, dtype):
+            with torch.inference_mode(False), torch.no_grad():
+                cos, sin = table[position].to(dtype).chunk(2)
+                kept = position, dtype, cos, torch.stack((-sin, sin))
+            if type(cos) is Tensor:  # not one that a fake mode made
+                table._last_row = kept  # type: ignore[attr-defined]
+        return kept[2:]
+
     def read(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A table of at least ``length`` rows."""
         if torch.compiler.is_dynamo_compiling():

@@ -22,6 +22,7 @@ from olmo_core.nn.attention.qk import normalize_and_rotate
 from olmo_core.nn.attention.softmax_attention import AttentionShape, SoftmaxAttention
 from olmo_core.nn.functional import l2_normalize
 from olmo_core.nn.layer_norm import LayerNorm, LayerNormConfig
+from olmo_core.nn.linear import apply_linear, apply_linears
 from olmo_core.nn.rope import RoPEConfig, RoPEType
 from olmo_core.nn.sharded import local
 from olmo_core.nn.tensor_parallel import TensorParallelTable
@@ -174,7 +175,7 @@ class Attention(SoftmaxAttention):
             max_doc_len_k=max_doc_len_k,
             local_k_slice=local_k_slice,
         )
-        q, k, v = self.w_q(x), self.w_k(x), self.w_v(x)
+        q, k, v = apply_linears((self.w_q, self.w_k, self.w_v), x)
         if self.clip_qkv is not None:
             q, k, v = (y.clamp(-self.clip_qkv, self.clip_qkv) for y in (q, k, v))
         q, k, v = (y.view(*x.shape[:2], -1, self.head_dim) for y in (q, k, v))
@@ -207,7 +208,7 @@ class Attention(SoftmaxAttention):
     def _gated(self, att: Tensor, x: Tensor) -> Tensor:
         if self.gate is None or self.w_g is None:
             return att
-        return apply_gate(att, self.w_g(x), self.gate)
+        return apply_gate(att, apply_linear(self.w_g, x), self.gate)
 
 
 class NormalizedAttention(Attention):

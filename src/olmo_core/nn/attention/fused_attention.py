@@ -12,6 +12,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.backend import AttentionBackendName
 from olmo_core.nn.attention.qk import rotate_packed
 from olmo_core.nn.attention.softmax_attention import AttentionShape, SoftmaxAttention
+from olmo_core.nn.linear import apply_linear
 from olmo_core.nn.rope import RoPEConfig, RoPEType
 from olmo_core.nn.sharded import local, local_input
 from olmo_core.nn.tensor_parallel import TensorParallelTable
@@ -137,7 +138,7 @@ class FusedAttention(SoftmaxAttention):
         """Queries, keys and values of the heads that this rank has."""
         place = self.tensor_parallel
         if place is None:
-            return self.w_qkv(x)
+            return apply_linear(self.w_qkv, x)
         weight, bias = place.of_packed(local(self.w_qkv.weight)), self.w_qkv.bias
         return F.linear(
             local_input(x), weight, None if bias is None else place.of_packed(local(bias))

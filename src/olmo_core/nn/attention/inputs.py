@@ -53,11 +53,12 @@ _A_DOCUMENT_A_ROW = (
 class Call(NamedTuple):
     """A call of a mixer, in the terms of the parts that serve it."""
 
-    segments: Segments | ShardDocuments
-    """What may attend to what. With a decoding cache, of the new tokens alone; on a shard, the
-    documents of the whole sequence."""
+    segments: Segments | ShardDocuments | None
+    """What may attend to what; on a shard, the documents of the whole sequence. None with a
+    decoding cache, which knows."""
     positions: Tensor | None
-    """Each token's position, ``(seq,)`` or ``(batch, seq)`` integers; None for 0, 1, 2, ..."""
+    """Each token's position, ``(seq,)`` or ``(batch, seq)`` integers; None for consecutive ones
+    from ``first_position`` on."""
     max_position: int
     """An upper bound of the positions, exclusive."""
     padding: Tensor | None
@@ -66,12 +67,14 @@ class Call(NamedTuple):
     """The rows of the RoPE tables, where the caller brings them."""
     cache_leftpad: Tensor | None = None
     """How much left padding comes with the first tokens of a decoding cache, ``(batch,)`` int32."""
+    first_position: int = 0
+    """Of each row's first token, where the host knows it."""
 
     @property
     def rope(self) -> dict[str, Any]:
         """The keywords of a RoPE module."""
         if self.positions is None:
-            return self.rope_buffers
+            return {"start_pos": self.first_position} if self.first_position else self.rope_buffers
         return {"positions": self.positions, "max_position": self.max_position}
 
 
@@ -146,9 +149,10 @@ def read_call(
         _check_device(cache_leftpad, x, "cache_leftpad")
     if cache is not None:
         padding = cache.admit(x, cache_leftpad, parameters=parameters)
-        index = torch.arange(tokens, device=x.device) + cache.cache_seqlens
-        segments = Segments.dense(tokens, tokens, window=window)
-        return Call(segments, index, cache.max_seq_len, padding, {}, cache_leftpad)
+        index, first = None, cache.host_position() if has_rope else 0
+        if first is None:
+            index = torch.arange(tokens, device=x.device) + cache.cache_seqlens
+        return Call(None, index, cache.max_seq_len, padding, {}, cache_leftpad, first or 0)
 
     positions, padding = None, None
     if cache_leftpad is not None:

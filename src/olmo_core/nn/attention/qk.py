@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import Tensor
 
 from olmo_core.nn.attention.kernels.rope_qk_norm import (
     qk_norm_rope,
@@ -19,6 +18,7 @@ from olmo_core.nn.attention.kernels.rope_qk_norm import (
     row_stat,
     unsupported,
 )
+from olmo_core.nn.dispatch import is_heard
 from olmo_core.nn.layer_norm import CuTeRMSNorm, FusedRMSNorm, LayerNorm, RMSNorm
 from olmo_core.nn.rope import FusedRotaryEmbedding, RotaryEmbedding, RotaryEmbeddingBase
 from olmo_core.nn.sharded import local
@@ -51,11 +51,11 @@ def normalize_and_rotate(
     :param share: Where heads are dealt to ranks: sums a statistic of norms that are not
         ``per_head`` over the ranks, differentiably. The norms' ``size`` is then the whole width,
         their weights are this rank's.
-    :param where: Keywords of ``rope``: positions, or buffers with a row for each of the T tokens.
+    :param where: Keywords of ``rope``: positions, the first one of consecutive ones, or buffers
+        with a row for each of the T tokens.
     :raises ValueError: If buffers do not fit.
     """
-    if where and "positions" not in where:
-        _check_buffers(q, where)
+    _check_buffers(q, where)
     stats = widths = None
     fit = q_norm is None or _norms_fit(q_norm, k_norm)
     if share is not None and fit and not per_head and q_norm is not None and k_norm is not None:
@@ -100,19 +100,20 @@ def rotate_packed(
     :returns: Queries, keys and values, each ``(B, T, H, D)``.
     """
     q, k, v = qkv.unbind(2)
-    if where and "positions" not in where:
-        _check_buffers(q, where)
+    _check_buffers(q, where)
     if unsupported(q, k) is None and (table := _table(q, rope, where)) is not None:
         return *rope_only(q, k, **table), v
-    if _is_heard(rope):
+    if is_heard(rope):
         q, k, v = rope(qkv, **where).unbind(2)
         return q, k, v
     return *rope.rotate(q, k, False, **where), v  # without a copy of the values
 
 
-def _check_buffers(q: Tensor, buffers: dict[str, Tensor]) -> None:
+def _check_buffers(q: Tensor, where: dict[str, Any]) -> None:
     """A layer's buffers are its input's rows: of longer ones, nobody knows which rows."""
-    for name, buffer in buffers.items():
+    if "positions" in where or "start_pos" in where:
+        return
+    for name, buffer in where.items():
         if buffer.dim() != 2 or buffer.shape[0] != q.shape[1]:
             raise ValueError(
                 f"{name} must hold a RoPE row for each of the input's {q.shape[1]} positions, got "
@@ -120,24 +121,12 @@ def _check_buffers(q: Tensor, buffers: dict[str, Tensor]) -> None:
             )
 
 
-def _is_heard(module: nn.Module) -> bool:
-    """Whether somebody sees that a module is called: through a hook, or a forward of its own."""
-    hooks = (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-    )
-    return bool(hooks) or "forward" in vars(module)
-
-
 def _norms_fit(q_norm: LayerNorm | None, k_norm: LayerNorm | None) -> bool:
     """Whether both are the kernel's RMS norm, and nobody must see them called."""
     if q_norm is None or k_norm is None or q_norm.eps != k_norm.eps:
         return False
     return all(
-        type(n) in _NORMS and n.full_precision and n.bias is None and not _is_heard(n)
+        type(n) in _NORMS and n.full_precision and n.bias is None and not is_heard(n)
         for n in (q_norm, k_norm)
     )
 
@@ -160,7 +149,7 @@ def _table(
     """RoPE as the kernel's keywords, or None for what the module does, or refuses, itself."""
     if rope is None:
         return {}
-    if type(rope) not in _ROPES or not rope.full_precision or _is_heard(rope):
+    if type(rope) not in _ROPES or not rope.full_precision or is_heard(rope):
         return None
     if set(where) == {"pos_sin", "pos_cos"}:
         sin, cos = where["pos_sin"], where["pos_cos"]
@@ -172,8 +161,10 @@ def _table(
         ):
             return None
         return {"sin": sin, "cos": cos, "rotary_dim": rope.rotary_dim}
-    if set(where) not in (set(), {"positions", "max_position"}):
+    if set(where) not in (set(), {"start_pos"}, {"positions", "max_position"}):
         return None
-    sin, cos = rope.get_table(where.get("max_position", q.shape[1]), q.device)
-    positions = where.get("positions")
+    first, positions = where.get("start_pos", 0), where.get("positions")
+    sin, cos = rope.get_table(where.get("max_position", first + q.shape[1]), q.device)
+    if first:
+        sin, cos = (table.narrow(0, first, q.shape[1]) for table in (sin, cos))
     return {"sin": sin, "cos": cos, "positions": positions, "rotary_dim": rope.rotary_dim}

@@ -21,6 +21,7 @@ from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
 from olmo_core.nn.attention.inputs import Call, read_call
 from olmo_core.nn.init import InitMethod
 from olmo_core.nn.layer_norm import LayerNorm
+from olmo_core.nn.linear import apply_linears
 from olmo_core.nn.rope import RoPEConfig
 from olmo_core.nn.tensor_parallel import TensorParallel
 
@@ -229,7 +230,7 @@ class SoftmaxAttention(SequenceMixer):
         )
 
     def _output(self, att: Tensor, call: Call) -> Tensor:
-        out: Tensor = self.w_out(att)
+        (out,) = apply_linears((self.w_out,), att)
         return out if call.padding is None else out.masked_fill(call.padding[..., None], 0.0)
 
     def _linears(self) -> list[nn.Linear]:

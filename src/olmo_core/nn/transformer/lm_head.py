@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from olmo_core.nn.functional import compute_dtype
 from olmo_core.nn.layer_norm import LayerNorm
+from olmo_core.nn.linear import linear
 
 
 class LMHead(nn.Module):
@@ -61,7 +62,7 @@ class LMHead(nn.Module):
         """Logits: (..., d) -> (..., V). ``embeddings`` (V, d) serve if there is no own matrix."""
         if self.norm is not None:
             x = self.norm(x)
-        logits = F.linear(x, embeddings if self.w_out is None else self.w_out.weight)
+        logits = linear(x, embeddings if self.w_out is None else self.w_out.weight)
         if self.sz is not None:
             logits = logits * (self.sz / self.sz_scale)
         return logits

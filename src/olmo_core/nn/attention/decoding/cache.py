@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from olmo_core.nn.lengths import check_leftpad
+from olmo_core.nn.lengths import can_be_read, check_leftpad
 from olmo_core.utils import runs_eagerly
 
 __all__ = ["DecodingCache"]
@@ -131,6 +131,12 @@ class DecodingCache(nn.Module, ABC):
         """The tokens stored so far in each row, left padding included: int32, no dimensions."""
         return self.cache_seqlens
 
+    def host_position(self) -> int | None:
+        """:meth:`current_position` where the host reads it for nothing, and now: on a CPU, outside
+        compiled and traced code."""
+        seqlens = self.cache_seqlens
+        return int(seqlens) if seqlens.is_cpu and can_be_read(seqlens) else None
+
     def record_leftpad(self, leftpad: Tensor) -> None:
         """Set how many leading tokens of each row are padding: ``(batch,)``, int32.
 
@@ -171,8 +177,9 @@ class DecodingCache(nn.Module, ABC):
         :raises RuntimeError: If the cache would overflow.
         """
         self.check_room(n_tokens)
-        self.host_seqlen += n_tokens
-        self.restorable = min(self.most_restorable, self.restorable + n_tokens)
+        restorable = min(self.most_restorable, self.restorable + n_tokens)
+        # Past Module.__setattr__, which looks for parameters, at each step of each layer.
+        vars(self).update(host_seqlen=self.host_seqlen + n_tokens, restorable=restorable)
 
     def update_seqlen(self, n_tokens: int, leftpad: Tensor | None = None) -> None:
         """Advance all rows by ``n_tokens``, which have been stored.

@@ -5,14 +5,14 @@ The cache changes last: what fails before leaves it as it was, and the call can 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
-from olmo_core.nn.attention.kernels.decode import DECODE_KERNELS, choose_decode
+from olmo_core.nn.attention.kernels.decode import decode_kernel
 
 __all__ = ["decode_step", "extend"]
 
@@ -43,15 +43,17 @@ def decode_step(
     dtype = k_cache.dtype
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     padded = leftpad is not None or cache.has_leftpad
-    kernel = DECODE_KERNELS[choose_decode(q, k_cache).name]
-    device = q.device.type
-    mixed = torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if mixed else nullcontext():
-        out = kernel.decode(
-            q, k, v, k_cache, v_cache, cache.cache_seqlens,
-            cache.cache_leftpad if leftpad is None else leftpad, padded=padded,
-            scale=scale, window=-1 if cache.is_ring else window, is_ring=cache.is_ring,
-        )  # fmt: skip
+    is_ring, device = cache.is_ring, q.device.type
+    step = partial(
+        decode_kernel(q, k_cache).decode, q, k, v, k_cache, v_cache, cache.cache_seqlens,
+        cache.cache_leftpad if leftpad is None else leftpad, padded=padded,
+        scale=scale, window=-1 if is_ring else window, is_ring=is_ring,
+    )  # fmt: skip
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            out = step()
+    else:
+        out = step()
     cache.update_seqlen(1, leftpad)
     return out
 

@@ -30,6 +30,7 @@ from olmo_core.nn.dispatch import is_heard
 from olmo_core.nn.functional import compute_dtype
 from olmo_core.nn.init import InitMethod, copy_into
 from olmo_core.nn.layer_norm import RMSNorm
+from olmo_core.nn.linear import apply_linear
 from olmo_core.nn.projections import project
 from olmo_core.nn.sharded import is_sharded, local, mask_rows, replicated_like
 from olmo_core.nn.tensor_parallel import TensorParallel, TensorParallelTable
@@ -219,7 +220,7 @@ class GatedDeltaNet(SequenceMixer):
                 cache, torch.cat(projected, -1), q, k, v, g, beta,
                 choose_rule=self.choose_rule, leftpad=call.cache_leftpad,
             )  # fmt: skip
-        y: Tensor = self.w_out(self._gated_norm(out, gate))
+        y = apply_linear(self.w_out, self._gated_norm(out, gate))
         if context is not None and shard is not None:
             y = from_contiguous(y, context, shard)
         return y if padding is None else y.masked_fill(padding.unsqueeze(-1), 0)

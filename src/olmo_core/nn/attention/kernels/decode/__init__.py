@@ -14,7 +14,7 @@ from torch import Tensor
 
 from olmo_core.nn.attention.kernels.decode import torch_masked, triton_split_kv
 
-__all__ = ["DECODE_KERNELS", "DecodeChoice", "DecodeKernel", "choose_decode"]
+__all__ = ["DECODE_KERNELS", "DecodeChoice", "DecodeKernel", "choose_decode", "decode_kernel"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,14 @@ class DecodeChoice(NamedTuple):
     reason: str
     refused: dict[str, str]
     """Why not, for each faster one."""
+
+
+def decode_kernel(q: Tensor, k_cache: Tensor) -> DecodeKernel:
+    """What :func:`choose_decode` chooses, without its reasons."""
+    for kernel in DECODE_KERNELS.values():
+        if kernel.unsupported(q, k_cache) is None:
+            return kernel
+    raise AssertionError("torch serves all tensors")
 
 
 def choose_decode(q: Tensor, k_cache: Tensor) -> DecodeChoice:

@@ -46,12 +46,14 @@ def decode(
             if is_ring:
                 slot, stop = position % slots, min(stop, slots)
             first = max(0, stop - window) if window > 0 else 0
-            k_cache[:, slot], v_cache[:, slot] = k[:, 0], v[:, 0]
+            k_cache.narrow(1, slot, 1).copy_(k)
+            v_cache.narrow(1, slot, 1).copy_(v)
             mask = None
             if longest_pad > first:
                 index = torch.arange(first, stop, device=q.device, dtype=leftpad.dtype)
                 mask = (index >= leftpad[:, None])[:, None, None, :]
-            return _attend(q, k_cache[:, first:stop], v_cache[:, first:stop], mask, scale)
+            keys, values = (x.narrow(1, first, stop - first) for x in (k_cache, v_cache))
+            return _attend(q, keys, values, mask, scale)
         at_most = min(slots, position + 1)
     store(k_cache, v_cache, k, v, seqlen, leftpad if padded else None, is_ring=is_ring)
     starts, stops = leftpad, (seqlen + 1).expand_as(leftpad)
@@ -82,8 +84,10 @@ def masked(
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    rows = q[:, 0].unflatten(1, (keys.shape[2], -1))  # (B, Hkv, H / Hkv, D)
+    batch, _, heads, dim = q.shape
+    groups = keys.shape[2]
+    rows = q.reshape(batch, groups, heads // groups, dim)
     out = F.scaled_dot_product_attention(
         rows, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=scale
     )
-    return out.flatten(1, 2)[:, None]
+    return out.reshape(q.shape)
