@@ -41,7 +41,9 @@ class PackedBatch:
     doc_lens: DocLens
     """Documents over the flattened B * T, in a vector of the same size for every batch."""
     num_bytes: int
-    """Of the text that the labels stand for."""
+    """Of the text that the labels stand for; of the whole batch, where this is a share of it."""
+    num_labels: int
+    """That are not padding, likewise of the whole batch."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         cu, longest = self.doc_lens
@@ -50,6 +52,7 @@ class PackedBatch:
             self.labels.to(device),
             DocLens(cu.to(device), longest),
             self.num_bytes,
+            self.num_labels,
         )
 
 
@@ -102,7 +105,7 @@ class PackedDocuments:
         self.vocabulary = ByteVocabulary() if vocabulary is None else vocabulary
         self.stream, self.sizes, lengths = token_stream(documents, self.vocabulary)
         self.rows = pack_rows(_pieces(lengths, max_doc_len), sequence_length, seed)
-        self._cu_size = 1 + batch_size * max(len(self._lengths(row)) for row in [*self.rows, []])
+        self._documents_of_row = max(len(self._lengths(row)) for row in [*self.rows, []])
         self._order: tuple[int, list[int]] = (-1, [])
 
     @property
@@ -114,17 +117,25 @@ class PackedDocuments:
     def batches_per_epoch(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
-    def batch(self, step: int) -> PackedBatch:
-        """Batch number ``step`` >= 0 of an endless run over the epochs."""
-        first = step * self.batch_size
-        return self._assemble([self._row(first + i) for i in range(self.batch_size)])
+    def batch(self, step: int, *, share: tuple[int, int] = (0, 1)) -> PackedBatch:
+        """Batch number ``step`` >= 0 of an endless run over the epochs.
 
-    def one_epoch(self, limit: int | None = None) -> Iterator[PackedBatch]:
-        """Every row once, at most ``limit`` batches; the last batch is padded with empty rows."""
+        :param share: (i, n), the i-th of n equal parts of its rows. n must divide ``batch_size``.
+        """
+        first = step * self.batch_size
+        return self._assemble([self._row(first + i) for i in range(self.batch_size)], share)
+
+    def one_epoch(
+        self, limit: int | None = None, *, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[PackedBatch]:
+        """Every row once, at most ``limit`` batches; the last batch is padded with empty rows.
+
+        :param share: of each batch, as in :meth:`batch`.
+        """
         rows = [self._row(i) for i in range(len(self.rows))]
         for start in range(0, len(rows), self.batch_size)[:limit]:
             chosen = rows[start : start + self.batch_size]
-            yield self._assemble(chosen + [[]] * (self.batch_size - len(chosen)))
+            yield self._assemble(chosen + [[]] * (self.batch_size - len(chosen)), share)
 
     def _row(self, index: int) -> list[Span]:
         epoch, i = divmod(index, len(self.rows))
@@ -143,22 +154,33 @@ class PackedDocuments:
             padding -= lengths[-1]
         return lengths
 
-    def _assemble(self, rows: list[list[Span]]) -> PackedBatch:
+    def _assemble(self, rows: list[list[Span]], share: tuple[int, int]) -> PackedBatch:
+        part, parts = share
+        if not 0 <= part < parts or len(rows) % parts:
+            raise ValueError(f"there is no part {part} of {parts} equal ones of {len(rows)} rows")
+        spans_of_all = [span for row in rows for span in row]
+        num_bytes = sum(
+            int(self.sizes[start + 1 : start + length + 1].sum()) for start, length in spans_of_all
+        )
+        num_labels = sum(span.length for span in spans_of_all)
+
+        own = len(rows) // parts
+        rows = rows[part * own : (part + 1) * own]
         shape = (len(rows), self.sequence_length)
         input_ids = torch.full(shape, self.vocabulary.end, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-        num_bytes = 0
         for row, spans in enumerate(rows):
             at = 0
             for span in spans:
                 tokens = self.stream[span.start : span.start + span.length + 1]
                 input_ids[row, at : at + span.length] = tokens[:-1]
                 labels[row, at : at + span.length] = tokens[1:]
-                num_bytes += int(self.sizes[span.start + 1 : span.start + span.length + 1].sum())
                 at += span.length
         lengths = [length for spans in rows for length in self._lengths(spans)]
-        cu, _ = doc_lens_from_lengths(lengths, total=input_ids.numel(), size=self._cu_size)
-        return PackedBatch(input_ids, labels, DocLens(cu, self.max_doc_len), num_bytes)
+        size = 1 + len(rows) * self._documents_of_row
+        cu, _ = doc_lens_from_lengths(lengths, total=input_ids.numel(), size=size)
+        doc_lens = DocLens(cu, self.max_doc_len)
+        return PackedBatch(input_ids, labels, doc_lens, num_bytes, num_labels)
 
 
 def token_stream(

@@ -37,6 +37,23 @@ class TensorParallel:
     whole_output: bool
     """Whether the layer gives a plain tensor with all tokens."""
 
+    @classmethod
+    def from_mesh(cls, tp_mesh: DeviceMesh, *, whole_output: bool = True) -> TensorParallel:
+        """This process's place in a mesh of one dimension.
+
+        :raises TypeError: If ``tp_mesh`` is no mesh.
+        :raises ValueError: If it has several dimensions.
+        """
+        if not hasattr(tp_mesh, "ndim") or not hasattr(tp_mesh, "get_group"):
+            raise TypeError(f"tp_mesh must be a DeviceMesh, got {type(tp_mesh).__name__}.")
+        if tp_mesh.ndim != 1:
+            raise ValueError(
+                f"tp_mesh must have one dimension, got {tp_mesh.ndim}. Take the one that shares "
+                "the layers: mesh['tp']."
+            )
+        group = tp_mesh.get_group().group_name
+        return cls(tp_mesh.size(), tp_mesh.get_local_rank(), group, whole_output)
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the group, differentiably."""
         return sum_over_ranks(x, self.group)
@@ -106,17 +123,8 @@ class SharesWidth(nn.Module):
         :raises RuntimeError: If the layer is dealt already, has a decoding cache or parameters that
             no rank's part is known of, or if torchao is missing.
         """
-        if not hasattr(tp_mesh, "ndim") or not hasattr(tp_mesh, "get_group"):
-            raise TypeError(f"tp_mesh must be a DeviceMesh, got {type(tp_mesh).__name__}.")
-        if tp_mesh.ndim != 1:
-            raise ValueError(
-                f"tp_mesh must have one dimension, got {tp_mesh.ndim}. Take the one that shares "
-                "the layers: mesh['tp']."
-            )
         whole = use_local_output and (output_layout is None or output_layout.is_replicate())
-        place = TensorParallel(
-            tp_mesh.size(), tp_mesh.get_local_rank(), tp_mesh.get_group().group_name, whole
-        )
+        place = TensorParallel.from_mesh(tp_mesh, whole_output=whole)
         self.check_tp(place)
         table = self.tensor_parallel_table()
         if float8_enabled and not table.float8:

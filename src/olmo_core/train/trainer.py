@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,17 +23,19 @@ from olmo_core.data import (
     split_documents,
 )
 from olmo_core.memory import ran_out_of_memory
-from olmo_core.nn.transformer import Transformer
 from olmo_core.train.bigram import Bigram, bits_per_byte
-from olmo_core.train.checkpoint import Checkpoint, random_state, set_random_state
+from olmo_core.train.checkpoint import Checkpoint
 from olmo_core.train.config import TrainConfig
-from olmo_core.train.errors import CheckpointError, TrainingError
+from olmo_core.train.errors import TrainingError
 from olmo_core.train.folder import RunFolder
 from olmo_core.train.metrics import Row
+from olmo_core.train.optimizer import adamw, clip_gradients
+from olmo_core.train.parallel import storage
+from olmo_core.train.parallel.ranks import Ranks
 from olmo_core.train.resume import TEXTS, expect_same_settings, expect_same_texts
 from olmo_core.train.schedule import cosine_with_warmup
 from olmo_core.train.sizes import checkpoint_bytes, expect_it_fits
-from olmo_core.utils import checked_device, seed_all
+from olmo_core.utils import seed_all
 
 # The last look at the held-out text takes this many times the batches of the others.
 FINAL_LOOK = 4
@@ -70,7 +72,10 @@ class Trainer:
     :param run: the folder for checkpoints and ``metrics.jsonl``; made if it is missing.
     :param checkpoint: where to go on, of a run with the same model.
     :param overwrite: whether :meth:`fit` first removes what an earlier run left in the folder.
-    :raises OLMoError: for a configuration, folder, data or checkpoint that does not fit.
+    :param ranks: the processes that train together, each with a trainer of the same arguments; by
+        default this one alone. The batch is that of one process, whatever the number.
+    :raises OLMoError: for a configuration, folder, data or checkpoint that does not fit. On several
+        ranks all raise it.
     """
 
     def __init__(
@@ -80,22 +85,30 @@ class Trainer:
         *,
         checkpoint: Checkpoint | None = None,
         overwrite: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
-        config.check()
-        if checkpoint is not None:
-            expect_same_settings(checkpoint, config)
+        self.ranks = Ranks() if ranks is None else ranks
         self.config = config
-        self.device = checked_device(config.device)
-        self.skipped = [] if config.data.path is None else data_files(config.data.path).skipped
-        expect_it_fits(config, self.device)
-        self.model = config.model.build(init_device="meta")
         self.folder = run if isinstance(run, RunFolder) else RunFolder(run)
         self.overwrite = overwrite
         self.stop_signal: int | None = None
         self.step = 0
-        with self.folder.held():
-            self.folder.expect_room(checkpoint_bytes(config))
-            self._load_data()
+        with self.ranks.together():
+            config.check()
+            self.ranks.degrees.expect_rows(config)
+            if checkpoint is not None:
+                expect_same_settings(checkpoint, config)
+            self.device = self.ranks.device(config.device)
+            self.skipped = [] if config.data.path is None else data_files(config.data.path).skipped
+            expect_it_fits(config, self.device, self.ranks.degrees)
+            self.model = config.model.build(init_device="meta")
+        self.ranks.expect_same(configuration=config)
+        self.ranks.share_model(self.model, self.device)
+        with self._held():
+            self.ranks.on_first(self.folder.expect_room, checkpoint_bytes(config))
+            with self.ranks.together():
+                self._load_data()
+            self.ranks.expect_same(text=self.digests)
             self._init_weights()
             if checkpoint is not None:
                 self._restore(checkpoint)
@@ -113,14 +126,25 @@ class Trainer:
             or of a compiler.
         :raises CheckpointError: if a checkpoint cannot be written.
         """
-        with self.folder.held(), _deterministic(self.device), _named_failures(self.config):
-            self.folder.begin(self.step, overwrite=self.overwrite)
-            if self.config.data.tokenizer is not None:
-                self.folder.keep_tokenizer(Path(self.config.data.tokenizer))
+        with self._held(), _deterministic(self.device), _named_failures(self.config):
+            self.ranks.on_first(self._begin)
             if self.step == 0:
                 self._save()
             self._train(observer)
-            return self._summary()
+            return self.ranks.on_first(self._summary)
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            with self.ranks.together():
+                if self.ranks.is_first:
+                    stack.enter_context(self.folder.held())
+            yield
+
+    def _begin(self) -> None:
+        self.folder.begin(self.step, overwrite=self.overwrite)
+        if self.config.data.tokenizer is not None:
+            self.folder.keep_tokenizer(Path(self.config.data.tokenizer))
 
     def _load_data(self) -> None:
         data = self.config.data
@@ -136,7 +160,7 @@ class Trainer:
         seed_all(self.config.seed)
         self.model = self.model.to_empty(device=self.device)
         self.model.init_weights(seed=self.config.seed)
-        self.optimizer = _adamw(self.model, self.config)
+        self.optimizer = adamw(self.model.parameters(), self.config.optimizer)
 
     def _train(self, observer: Observer) -> None:
         config, started, stopping = self.config, time.monotonic(), False
@@ -145,6 +169,7 @@ class Trainer:
             row = self._train_step()
             pending.append(row | {"seconds": time.monotonic() - started})
             # Read once: a signal that comes later in this step counts after the next.
+            self.stop_signal = self.ranks.highest(self.stop_signal)
             stopping = self.stop_signal is not None
             last = self.step == config.steps
             look = last or self.step % config.eval_every == 0
@@ -156,13 +181,19 @@ class Trainer:
                 self._record(pending, observer)
                 pending.clear()
             if save:
-                observer.saved(self._save())
+                folder = self._save()
+                if self.ranks.is_first:
+                    observer.saved(folder)
 
     def _record(self, pending: list[Row], observer: Observer) -> None:
         rows = [_on_host(row) for row in pending]
-        self._expect_finite(rows)
-        self.folder.append(rows)
-        observer.steps(rows)
+        losses = self.ranks.mean([row["loss"] for row in rows])
+        rows = [row | {"loss": loss} for row, loss in zip(rows, losses, strict=True)]
+        with self.ranks.together():
+            self._expect_finite(rows)
+        self.ranks.on_first(self.folder.append, rows)
+        if self.ranks.is_first:
+            observer.steps(rows)
 
     def _summary(self) -> Summary:
         assert self.folder.metrics is not None
@@ -180,11 +211,13 @@ class Trainer:
         """Bits per byte of the first ``batches`` batches of held-out text."""
         self.model.eval()
         nats, n_bytes = 0.0, 0
-        for batch in self.held_out.one_epoch(batches):
-            nats += float(self._loss(batch.to(self.device), "sum"))
+        for batch in self.held_out.one_epoch(batches, share=self.ranks.share):
+            nats += float(self._total_loss(batch))
             n_bytes += batch.num_bytes
+        self.ranks.settle(self.model)
         self.model.train()
-        return bits_per_byte(nats, n_bytes)
+        (mean,) = self.ranks.mean([nats])
+        return bits_per_byte(mean * self.ranks.degrees.fsdp, n_bytes)
 
     def bigram_bits_per_byte(self, batches: int) -> float:
         """The bigram model's, of the same tokens as :meth:`evaluate`."""
@@ -201,24 +234,25 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._loss(self.data.batch(self.step).to(self.device), "mean")
+        self.ranks.seed(self.config.seed, self.step)
+        batch = self.data.batch(self.step, share=self.ranks.share)
+        # The mean of all ranks' losses is the batch's, and of their gradients its gradient.
+        labels = torch.full((), max(batch.num_labels, 1), device=self.device)
+        loss = self._total_loss(batch) * self.ranks.degrees.fsdp / labels
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), optimizer.grad_clip or math.inf
-        )
+        norm = clip_gradients(self.model.parameters(), optimizer.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.normalize_matrices()
         self.step += 1
         return {"step": self.step, "loss": loss.detach(), "grad_norm": norm.detach(), "lr": lr}
 
-    def _loss(self, batch: PackedBatch, reduction: str) -> Tensor:
+    def _total_loss(self, batch: PackedBatch) -> Tensor:
+        """Of this rank's tokens, summed."""
+        tokens = self.ranks.shard(batch.to(self.device))
         with self._autocast():
             loss: Tensor = self.forward(
-                batch.input_ids,
-                labels=batch.labels,
-                loss_reduction=reduction,
-                **batch.doc_lens._asdict(),
+                tokens.input_ids, labels=tokens.labels, loss_reduction="sum", **tokens.lengths
             )
         return loss
 
@@ -252,55 +286,21 @@ class Trainer:
         return f"Start a new run with a lower optimizer.lr (now {self.config.optimizer.lr:g})."
 
     def _save(self) -> Path:
-        training = random_state(self.device)
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                training[f"optimizer.{key}.{name}"] = value
-        try:
-            return self.folder.save(
-                self.step,
-                model=self.model.state_dict(),
-                training=training,
-                config=self.config.as_config_dict(),
-                extra=self.digests,
-            )
-        except TrainingError as error:
-            raise TrainingError(f"{error}. {self._advice()}") from error
+        content = {"config": self.config.as_config_dict(), "extra": self.digests}
+        with self.ranks.together():
+            try:
+                return storage.save(
+                    self.folder, self.ranks, self.step,
+                    model=self.model, optimizer=self.optimizer, device=self.device, **content,
+                )  # fmt: skip
+            except TrainingError as error:
+                raise TrainingError(f"{error}. {self._advice()}") from error
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        expect_same_texts(checkpoint, self.digests, self.config.data.path)
-        try:
-            self.model.load_state_dict(checkpoint.model())
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{checkpoint.folder} does not fit the model: {' '.join(str(error).split())}. "
-                "Leave out overrides of model.*, or start a new run in another folder"
-            ) from error
-        training = checkpoint.training()
-        parameters = dict(self.model.named_parameters())
-        for key, value in training.items():
-            kind, _, rest = key.partition(".")
-            if kind == "optimizer":
-                field, _, name = rest.partition(".")
-                self.optimizer.state[parameters[name]][field] = value.to(self.device)
-        set_random_state(training, self.device)
+        with self.ranks.together():
+            expect_same_texts(checkpoint, self.digests, self.config.data.path)
+        storage.restore(checkpoint, self.ranks, self.model, self.optimizer, self.device)
         self.step = checkpoint.step
-
-
-def _adamw(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
-    optimizer = config.optimizer
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": optimizer.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=optimizer.lr,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        fused=model.device.type in ("cpu", "cuda"),
-    )
 
 
 def _digest(documents: list[bytes], vocabulary: str) -> str:

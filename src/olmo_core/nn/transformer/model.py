@@ -18,6 +18,7 @@ from olmo_core.nn.attention.decoding.cache import DecodingCache
 from olmo_core.nn.attention.parallel.context import ContextParallel
 from olmo_core.nn.functional import l2_normalize
 from olmo_core.nn.init import InitMethod, trunc_normal_
+from olmo_core.nn.tensor_parallel import SharesWidth, TensorParallel
 from olmo_core.nn.transformer.block import NormalizedTransformerBlock, TransformerBlock
 from olmo_core.nn.transformer.lm_head import LMHead
 
@@ -153,6 +154,24 @@ class Transformer(nn.Module):
             mixer.check_cp(context)
         for mixer in self.mixers:
             mixer.use_cp(context)
+
+    def apply_tp(self, tp_mesh: DeviceMesh) -> None:
+        """:meth:`SequenceMixer.apply_tp` of every layer and of its feed-forward network, or of none
+        if one can't be dealt so.
+
+        The residual stream, its norms, the embeddings and the head stay whole on every rank:
+        :meth:`forward` takes the same tokens on all of them, and gives the same result.
+
+        :raises ValueError: If the number of ranks does not divide the heads or the hidden size.
+        """
+        place = TensorParallel.from_mesh(tp_mesh)
+        parts: list[SharesWidth] = []
+        for block in self._blocks():
+            parts += [block.sequence_mixer, block.feed_forward]
+        for part in parts:
+            part.check_tp(place)
+        for part in parts:
+            part.apply_tp(tp_mesh)
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:

@@ -1,0 +1,1 @@
+"""A run on several ranks: how they share the batch, the model and the decisions."""

@@ -1,0 +1,233 @@
+"""A run's ranks as ``torchrun`` starts them: one process a device.
+
+They hold one model between them and take one batch together: that of one process, whose losses they
+have. Decisions are made in common: each collective is called by all ranks or by none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from olmo_core.data import IGNORE_INDEX, PackedBatch
+from olmo_core.exceptions import OLMoConfigurationError, OLMoError
+from olmo_core.nn.attention.ring import RingContextParallelStyle, UlyssesContextParallelStyle
+from olmo_core.nn.fsdp import fsdp_policy
+from olmo_core.nn.transformer import Transformer
+from olmo_core.train.errors import TrainingError
+from olmo_core.train.parallel.degrees import Degrees, Style
+from olmo_core.train.parallel.ranks import Ranks, Tokens
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["ManyRanks", "join", "started_ranks"]
+
+T = TypeVar("T")
+PATIENCE = timedelta(minutes=10)
+"""How long a rank waits for the others."""
+
+
+def started_ranks() -> int:
+    """How many processes ``torchrun``, or a launcher that sets what it sets, has started."""
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}
+    return int(os.environ["WORLD_SIZE"]) if launched else 1
+
+
+def join(degrees: Degrees) -> ManyRanks:
+    """Join the other processes that ``torchrun`` has started.
+
+    On GPUs each takes the one of its local rank, and small decisions go through the hosts.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        devices = torch.cuda.device_count()
+        torch.cuda.set_device(local % devices)
+        # NCCL refuses two ranks on one device; gloo takes CUDA tensors too, by way of the host.
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= devices:
+            backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    return ManyRanks(degrees)
+
+
+class ManyRanks(Ranks):
+    """The ranks of the default process group.
+
+    What a rank draws in a step (for dropout) depends on the seed, the step and its data rank alone,
+    so that checkpoints need no generator's state and a run goes on with any number of ranks. Ranks
+    of one data rank draw the same: they hold other heads or tokens.
+    """
+
+    def __init__(self, degrees: Degrees) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.degrees = degrees
+        self._balancer: Any = None
+
+    @property
+    def share(self) -> tuple[int, int]:
+        return self.rank // (self.degrees.cp * self.degrees.tp), self.degrees.data
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        told: list[_Failure | None] = [None] * self.size
+        dist.all_gather_object(told, None if own is None else _Failure.of(own))
+        failed = [(rank, failure) for rank, failure in enumerate(told) if failure is not None]
+        if failed:
+            self._raise(*failed[0], own)
+
+    def on_first(self, function: Callable[..., T], *args: Any, **keywords: Any) -> T:
+        own: Exception | None = None
+        told: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                told[0] = function(*args, **keywords)
+            except Exception as error:
+                own, told[1] = error, _Failure.of(error)
+        dist.broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            self._raise(0, told[1], own)
+        result: T = told[0]
+        return result
+
+    def _raise(self, rank: int, failure: _Failure, own: Exception | None) -> None:
+        if own is not None and not isinstance(own, OLMoError):
+            raise own  # with its traceback, which the others don't have
+        where = f"rank {rank}: " if rank else ""
+        self.agreed = failure.kind(f"{where}{failure.message}")
+        raise self.agreed from own
+
+    def expect_same(self, **facts: object) -> None:
+        digests = {
+            name: hashlib.sha256(str(fact).encode()).digest() for name, fact in facts.items()
+        }
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, digests)
+        with self.together():
+            for rank, theirs in enumerate(everyone):
+                differ = [name for name in facts if theirs[name] != everyone[0][name]]
+                if differ:
+                    raise OLMoConfigurationError(
+                        f"rank {rank} has another {' and '.join(differ)} than rank 0: all ranks "
+                        "must be started with the same options, and find the same files"
+                    )
+
+    def highest(self, number: int | None) -> int | None:
+        largest = torch.tensor([-1 if number is None else number])
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return None if largest.item() < 0 else int(largest)
+
+    def mean(self, values: list[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        mean: list[float] = (total / self.size).tolist()
+        return mean
+
+    def device(self, name: str | None) -> torch.device:
+        device = super().device(name)
+        if device.type == "cuda" and device.index is not None:
+            raise OLMoConfigurationError(
+                f"device={name} would be that of all {self.size} ranks: device=cuda gives each "
+                "its own"
+            )
+        return device
+
+    def share_model(self, model: Transformer, device: torch.device) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        of, kind = self.degrees, device.type
+        mesh = init_device_mesh(kind, (of.fsdp, of.tp), mesh_dim_names=("fsdp", "tp"))
+        try:
+            if of.tp > 1:
+                model.apply_tp(mesh["tp"])
+            if of.style is not None:
+                grid = (of.data, of.ring, of.ulysses, of.tp)
+                names = ("data", "ring", "ulysses", "tp")
+                self._share_sequences(model, init_device_mesh(kind, grid, mesh_dim_names=names))
+        except (ValueError, RuntimeError) as error:
+            raise OLMoConfigurationError(
+                f"{self.size} ranks can't share the model: {error}"
+            ) from error
+        _share_parameters(model, mesh["fsdp"])
+
+    def _share_sequences(self, model: Transformer, mesh: DeviceMesh) -> None:
+        style, ulysses = self.degrees.style, UlyssesContextParallelStyle()
+        assert style is not None
+        if style == Style.ulysses:
+            cp = mesh["ulysses"]
+            model.apply_cp(cp, uly=ulysses)
+        elif self.degrees.ulysses == 1:
+            cp = mesh["ring"]
+            model.apply_cp(cp, ring=RingContextParallelStyle(style))
+        else:
+            cp = mesh["ring", "ulysses"]
+            model.apply_cp(cp, ring=RingContextParallelStyle(style), uly=ulysses)
+        self._balancer = style.build(cp)
+
+    def settle(self, model: Transformer) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def shard(self, batch: PackedBatch) -> Tokens:
+        if self._balancer is None:
+            return super().shard(batch)
+        # Ring styles take documents of one row. Labels were made before: the successor of a shard's
+        # last token lies on another rank.
+        (ids, labels), lengths = self._balancer.batch_shard_by_document(
+            inputs=[batch.input_ids.view(1, -1), batch.labels.view(1, -1)],
+            seq_dims=[1, 1],
+            cu_doc_lens=batch.doc_lens.cu_doc_lens,
+            pad_values=[0, IGNORE_INDEX],
+        )
+        return Tokens(ids, labels, lengths)
+
+    def seed(self, seed: int, step: int) -> None:
+        text = f"{seed}:{step}:{self.share[0]}"
+        digest = hashlib.sha256(text.encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+class _Failure(NamedTuple):
+    """An error that travels: of a class that all ranks know, with its message."""
+
+    kind: type[OLMoError]
+    message: str
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        if isinstance(error, OLMoError):
+            return cls(type(error), str(error))
+        return cls(TrainingError, f"{type(error).__name__}: {error}")
+
+
+def _share_parameters(model: Transformer, mesh: DeviceMesh) -> None:
+    """FSDP2, block by block; embeddings and head stay together with the model."""
+    from torch.distributed.fsdp import fully_shard
+
+    dtype = model.embeddings.weight.dtype
+    for part in (*model.blocks, model.lm_head):
+        for child in part.children():
+            policy = fsdp_policy(child, dtype)
+            for group in policy.groups:
+                fully_shard(group, mesh=mesh, mp_policy=policy.mp_policy)
+        # The head is not called as a module, but for its loss.
+        whole = model if part is model.lm_head else part
+        fully_shard(whole, mesh=mesh, mp_policy=policy.mp_policy)
