@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from olmo_core.train.checkpoint import Checkpoint
     from olmo_core.train.config import TrainConfig
     from olmo_core.train.folder import RunFolder
-    from olmo_core.train.trainer import Trainer
+    from olmo_core.train.trainer import Summary, Trainer
 
 
 def command(
@@ -47,9 +47,11 @@ def command(
         Path | None,
         typer.Option(
             "--run",
+            "--save-folder",
             metavar="FOLDER",
             parser=path_of("--run"),
-            help="Folder for checkpoints, metrics and plot.  [default: runs/PRESET]",
+            help="Folder for checkpoints, metrics and plot (under torchrun --save-folder: it "
+            "takes --run for its own).  [default: runs/PRESET]",
         ),
     ] = None,
     data: Annotated[
@@ -88,40 +90,81 @@ def command(
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the configuration and stop.")
     ] = False,
+    cp: Annotated[
+        str | None,
+        typer.Option(
+            "--cp",
+            metavar="STYLE",
+            help="Under torchrun, how ranks share sequences: zig_zag, llama3, balanced or ulysses.",
+        ),
+    ] = None,
+    cp_degree: Annotated[
+        int | None,
+        typer.Option(
+            "--cp-degree", help="How many ranks share a sequence.  [default: all that there are]"
+        ),
+    ] = None,
+    ulysses_degree: Annotated[
+        int | None,
+        typer.Option(
+            "--ulysses-degree", help="How many of them are a Ulysses group inside a ring."
+        ),
+    ] = None,
+    tp_degree: Annotated[
+        int | None,
+        typer.Option("--tp-degree", help="Under torchrun, how many ranks share each layer."),
+    ] = None,
 ) -> None:
     """Train a small language model on packed documents.
 
     Without --data it learns Shakespeare's plays, which come with the package. Stop it whenever you
-    like: --resume goes on with the same losses.
+    like: --resume goes on with the same losses. Under torchrun (torchrun --nproc-per-node 2 -m
+    olmo_core train ...) the ranks share model and batch, and the losses stay those of one process.
     """
     _set_environment()
 
     from olmo_core.cli import tables
+    from olmo_core.cli.launch import joined
     from olmo_core.train.folder import RunFolder
     from olmo_core.train.presets import DEFAULT_PRESET, get_preset
     from olmo_core.train.trainer import Trainer
 
-    if resume and overwrite:
-        raise OLMoConfigurationError("--resume and --overwrite exclude each other: choose one")
-    name = DEFAULT_PRESET if preset is None else preset
-    changes = _changes(overrides, data, tokenizer, steps)
-    if not resume or show_config:
-        config = get_preset(name).merge(changes)
-        config.check()
-        if show_config:
-            tables.console().print_json(data=config.as_dict())
-            return
-    folder = RunFolder(Path("runs") / name if run is None else run)
-    _check_folder(folder, resume, overwrite)
     output = SteadyOutput(sys.stdout)
     console = tables.console(cast("IO[str]", output))
-    with folder.held():
-        checkpoint = None
-        if resume:
-            checkpoint = _last_checkpoint(folder.path, console)
-            config = _config_of(checkpoint, preset, changes)
-        trainer = Trainer(config, folder, checkpoint=checkpoint, overwrite=overwrite)
-        _train(trainer, sample, console)
+    name = DEFAULT_PRESET if preset is None else preset
+    degrees = {"cp": cp, "cp_degree": cp_degree, "ulysses_degree": ulysses_degree}
+    with joined(**degrees, tp_degree=tp_degree) as ranks:
+        console.quiet = not ranks.is_first
+        with ranks.together():
+            if resume and overwrite:
+                raise OLMoConfigurationError(
+                    "--resume and --overwrite exclude each other: choose one"
+                )
+            changes = _changes(overrides, data, tokenizer, steps)
+            if not resume or show_config:
+                config = get_preset(name).merge(changes)
+                config.check()
+        if show_config:
+            if ranks.is_first:
+                tables.console().print_json(data=config.as_dict())
+            return
+        folder = RunFolder(
+            Path("runs") / name if run is None else run,
+            option="--run" if ranks.size == 1 else "--save-folder",
+        )
+        ranks.on_first(_check_folder, folder, resume, overwrite)
+        with ranks.entered_by_first(folder.held()):
+            checkpoint = None
+            if resume:
+                checkpoint = ranks.on_first(_last_checkpoint, folder.path, console)
+                with ranks.together():
+                    config = _config_of(checkpoint, preset, changes, folder.option)
+            trainer = Trainer(
+                config, folder, checkpoint=checkpoint, overwrite=overwrite, ranks=ranks
+            )
+            summary = _train(trainer, console)
+    if ranks.is_first:
+        _show_what_it_learned(trainer, summary, sample, console)
     if output.failure is not None:
         raise output.failure
 
@@ -158,24 +201,39 @@ def _set_environment() -> None:
         os.environ["OMP_PROC_BIND"] = "true"
 
 
-def _train(trainer: Trainer, sample: int, console: Console) -> None:
+def _train(trainer: Trainer, console: Console) -> Summary:
     from olmo_core.cli import train_report as report
+    from olmo_core.cli.launch import command_line
 
-    report.print_header(trainer, console)
-    if (failure := cast("SteadyOutput", console.file).failure) is not None:
-        raise failure  # later the run is worth more than its report
+    ranks = trainer.ranks
+
+    def begin() -> None:
+        report.print_header(trainer, console)
+        if (failure := cast("SteadyOutput", console.file).failure) is not None:
+            raise failure  # later the run is worth more than its report
+
+    ranks.on_first(begin)
     start, began = trainer.step, time.monotonic()
     progress = report.TrainingProgress(trainer, console)
-    with _stopping_on_signals(trainer, console), progress:
+    with _stopping_on_signals(trainer, console, launched=ranks.size > 1), progress:
         summary = trainer.fit(progress)
     seconds = time.monotonic() - began
-    report.print_summary(trainer, summary, summary.step - start, seconds, console)
+    if ranks.is_first:
+        report.print_summary(trainer, summary, summary.step - start, seconds, console)
     if summary.stopped_by is not None:
-        again = f"olmo-core train --run {trainer.run} --resume"
+        again = f"{command_line(ranks)} {trainer.folder.option} {trainer.run} --resume"
         console.print(f"Stopped. Go on with: {again}", soft_wrap=True)
         raise typer.Exit(128 + summary.stopped_by)
+    return summary
+
+
+def _show_what_it_learned(
+    trainer: Trainer, summary: Summary, sample: int, console: Console
+) -> None:
+    from olmo_core.cli import train_report as report
+
     if sample > 0:
-        report.print_sample(trainer, sample, console)
+        report.print_sample(trainer, summary, sample, console)
     console.print(f'More of it: olmo-core generate -c {trainer.run} "ROMEO:"', soft_wrap=True)
 
 
@@ -189,7 +247,9 @@ def _last_checkpoint(run: Path, console: Console) -> Checkpoint:
     return checkpoint
 
 
-def _config_of(checkpoint: Checkpoint, preset: str | None, changes: list[str]) -> TrainConfig:
+def _config_of(
+    checkpoint: Checkpoint, preset: str | None, changes: list[str], option: str
+) -> TrainConfig:
     from olmo_core.train.config import TrainConfig
     from olmo_core.train.presets import get_preset
 
@@ -197,13 +257,13 @@ def _config_of(checkpoint: Checkpoint, preset: str | None, changes: list[str]) -
     if preset is not None and get_preset(preset).merge(changes).model != saved.merge(changes).model:
         raise OLMoConfigurationError(
             f"{checkpoint.folder.parent} was not trained as preset {preset!r}: leave --preset out, "
-            "or choose another --run"
+            f"or choose another {option}"
         )
     config = saved.merge(changes)
     if config.model != saved.model:
         raise OLMoConfigurationError(
             f"{checkpoint.folder} is of another model: leave out the overrides of model.*, or "
-            "choose another --run"
+            f"choose another {option}"
         )
     return config
 
@@ -214,7 +274,7 @@ def _check_folder(folder: RunFolder, resume: bool, overwrite: bool) -> None:
 
     run = folder.path
     if os.path.isfile(run):
-        raise OLMoConfigurationError(f"--run {run} is a file: give a folder")
+        raise OLMoConfigurationError(f"{folder.option} {run} is a file: give a folder")
     exists = os.path.isdir(run)
     if resume and not (exists and checkpoint_folders(run)):
         why = "holds no checkpoint" if exists else "does not exist"
@@ -227,18 +287,25 @@ def _check_folder(folder: RunFolder, resume: bool, overwrite: bool) -> None:
     if earlier and not overwrite:
         raise OLMoConfigurationError(
             f"{run} holds an earlier run: --resume goes on with it, --overwrite removes it, "
-            "another --run keeps both"
+            f"another {folder.option} keeps both"
         )
     others = folder.others()
     if others and not earlier:
         raise OLMoConfigurationError(
-            f"{run} is not empty ({', '.join(others[:3])}, ...): choose another folder with --run"
+            f"{run} is not empty ({', '.join(others[:3])}, ...): choose another folder with "
+            f"{folder.option}"
         )
 
 
 @contextmanager
-def _stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
-    """The first signal ends the run after its step; the second takes its usual course."""
+def _stopping_on_signals(
+    trainer: Trainer, console: Console, *, launched: bool = False
+) -> Iterator[None]:
+    """The first signal ends the run after its step; the second takes its usual course.
+
+    :param launched: by ``torchrun``, which hands on signals that a terminal has sent to all
+        processes already. A second one then has no effect; the launcher ends who takes too long.
+    """
     numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
     before = {number: signal.getsignal(number) for number in numbers}
     # What is ignored stays so: nohup, for example, means that a hangup is to be ignored.
@@ -248,7 +315,7 @@ def _stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
         trainer.stop_signal = number
         console.print(f"{signal.Signals(number).name}: saving a checkpoint after this step")
         for each, handler in before.items():
-            signal.signal(each, handler)
+            signal.signal(each, signal.SIG_IGN if launched else handler)
 
     for number in before:
         signal.signal(number, stop)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from olmo_core.cli.tables import named
 from olmo_core.data.documents import SUFFIXES
 from olmo_core.nn.transformer import generate
+from olmo_core.train.checkpoint import load_model
 from olmo_core.train.folder import METRICS, PLOT
 from olmo_core.train.metrics import Row, read_metrics
 from olmo_core.train.plot import plot_losses
@@ -86,6 +87,8 @@ def print_header(trainer: Trainer, console: Console) -> None:
         f"{data.batch_size} x {data.sequence_length} tokens of packed documents, at most "
         f"{trainer.data.max_doc_len} each"
     )
+    if trainer.ranks.size > 1:
+        rows["ranks"] = f"{trainer.ranks.size}: {trainer.ranks.degrees}"
     if trainer.step:
         rows["from"] = f"step {trainer.step}"
     _print_rows(rows, console)
@@ -121,11 +124,18 @@ def print_summary(
     _print_rows(rows, console)
 
 
-def print_sample(trainer: Trainer, tokens: int, console: Console) -> None:
-    """Text that the model makes from nothing."""
+def print_sample(trainer: Trainer, summary: Summary, tokens: int, console: Console) -> None:
+    """Text that the model makes from nothing: a whole one, read from the checkpoint if the
+    trainer's is a rank's part."""
     vocabulary = trainer.vocabulary
+    model = trainer.model
+    if trainer.ranks.size > 1:
+        _, weights, _ = load_model(summary.checkpoint)
+        model = trainer.config.model.build(init_device="meta")
+        model.load_state_dict(weights, assign=True)
+        model = model.to(trainer.device)
     steps = generate(
-        trainer.model,
+        model,
         [[vocabulary.end]],
         max_new_tokens=tokens,
         temperature=0.8,

@@ -31,10 +31,12 @@ class RunFolder:
     """The folder of one run.
 
     :param path: made when it is first held, and removed again if nothing was written.
+    :param option: the option of ``train`` that names it, for messages.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, option: str = "--run") -> None:
         self.path = path
+        self.option = option
         self.metrics: Metrics | None = None
         self._is_held = False
 
@@ -82,7 +84,8 @@ class RunFolder:
         if free < n_bytes:
             raise OLMoConfigurationError(
                 f"the run folder {self.path} has room for {free / 1e6:.3g} MB, and one checkpoint "
-                f"takes {n_bytes / 1e6:.3g} MB: free some space, or choose another --run"
+                f"takes {n_bytes / 1e6:.3g} MB: free some space, or choose another "
+                f"{self.option}"
             )
 
     def begin(self, step: int, *, overwrite: bool = False) -> None:
@@ -129,7 +132,7 @@ class RunFolder:
                 raise
             raise OLMoConfigurationError(
                 f"the run folder {self.path} can't be {doing}: {error.strerror or error}. Choose "
-                "another with --run"
+                f"another with {self.option}"
             ) from error
 
     def _probe(self) -> None:

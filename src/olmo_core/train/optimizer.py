@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from olmo_core.distributed.utils import get_full_tensor
+from olmo_core.nn.sharded import is_sharded
 from olmo_core.train.config import OptimizerConfig
 
 __all__ = ["adamw", "clip_gradients", "optimizer_state", "start_state"]
@@ -41,20 +43,37 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale all gradients down to at most this total norm.
 
+    :param parameters: plain, or DTensors on meshes of all ranks, which then call this together.
     :returns: their norm before, a plain tensor, the same on all ranks.
     """
     limit = math.inf if max_norm is None else max_norm
-    parts = _by_mesh(parameters)
-    if len(parts) == 1:
-        return get_full_tensor(torch.nn.utils.clip_grad_norm_(parts[0], limit))
-    norms = []
-    for part in parts:
-        gradients = [p.grad for p in part if p.grad is not None]
-        norms.append(get_full_tensor(torch.nn.utils.get_total_norm(gradients)))
-    total = torch.stack(norms).norm()
-    for part in parts:
-        torch.nn.utils.clip_grads_with_norm_(part, limit, total)
+    own = list(parameters)
+    if not is_sharded(own[0]):
+        return torch.nn.utils.clip_grad_norm_(own, limit)
+    # Squares of what each rank holds, over the number of ranks that hold the same: one sum of all
+    # ranks does for all meshes, where DTensors would sum for each mesh and dimension.
+    copies: dict[int, list[Tensor]] = {}
+    for parameter in own:
+        if parameter.grad is not None:
+            gradient: Any = parameter.grad
+            holders = _sharded_over(gradient)
+            copies.setdefault(dist.get_world_size() // holders, []).append(gradient.to_local())
+    squares = [
+        torch.nn.utils.get_total_norm(gradients).double().square() / n
+        for n, gradients in copies.items()
+    ]
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    total = total.sqrt()
+    for part in _by_mesh(own):
+        torch.nn.utils.clip_grads_with_norm_(part, limit, total.to(part[0].dtype))
     return total
+
+
+def _sharded_over(x: Any) -> int:
+    """How many ranks hold different parts of a DTensor."""
+    sizes = zip(x.device_mesh.shape, x.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

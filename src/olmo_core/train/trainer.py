@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,7 +104,7 @@ class Trainer:
             self.model = config.model.build(init_device="meta")
         self.ranks.expect_same(configuration=config)
         self.ranks.share_model(self.model, self.device)
-        with self._held():
+        with self.ranks.entered_by_first(self.folder.held()):
             self.ranks.on_first(self.folder.expect_room, checkpoint_bytes(config))
             with self.ranks.together():
                 self._load_data()
@@ -126,20 +126,13 @@ class Trainer:
             or of a compiler.
         :raises CheckpointError: if a checkpoint cannot be written.
         """
-        with self._held(), _deterministic(self.device), _named_failures(self.config):
+        held = self.ranks.entered_by_first(self.folder.held())
+        with held, _deterministic(self.device), _named_failures(self.config):
             self.ranks.on_first(self._begin)
             if self.step == 0:
                 self._save()
             self._train(observer)
             return self.ranks.on_first(self._summary)
-
-    @contextmanager
-    def _held(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            with self.ranks.together():
-                if self.ranks.is_first:
-                    stack.enter_context(self.folder.held())
-            yield
 
     def _begin(self) -> None:
         self.folder.begin(self.step, overwrite=self.overwrite)

@@ -88,7 +88,7 @@ def test_losses_of_one_process(corpus: Path, tmp_path: Path, name: str) -> None:
     for a, b in zip(got, want, strict=True):
         assert a == pytest.approx(b, abs=1e-8, rel=1e-8)
     assert summaries == summaries[:1] * n
-    print(max(abs(a["loss"]-b["loss"]) for a,b in zip(got,want)))
+    print(max(abs(a["loss"] - b["loss"]) for a, b in zip(got, want)))
     one, many = (find_checkpoint(tmp_path / name)[0] for name in ("one", "many"))
     for part in ("model", "training"):
         a, b = getattr(one, part)(), getattr(many, part)()

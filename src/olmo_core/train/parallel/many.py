@@ -28,7 +28,7 @@ from olmo_core.train.parallel.ranks import Ranks, Tokens
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["ManyRanks", "join", "started_ranks"]
+__all__ = ["ManyRanks", "join", "lost_another", "started_ranks"]
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)
@@ -41,7 +41,7 @@ def started_ranks() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched else 1
 
 
-def join(degrees: Degrees) -> ManyRanks:
+def join() -> ManyRanks:
     """Join the other processes that ``torchrun`` has started.
 
     On GPUs each takes the one of its local rank, and small decisions go through the hosts.
@@ -55,7 +55,17 @@ def join(degrees: Degrees) -> ManyRanks:
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= devices:
             backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=PATIENCE)
-    return ManyRanks(degrees)
+    return ManyRanks()
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether a message failed because its partner has gone, or does not answer."""
+    if not isinstance(error, RuntimeError):
+        return False
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+        return True
+    # What gloo raises is a RuntimeError that names its source file.
+    return "gloo/transport" in str(error) or "Connection closed by peer" in str(error)
 
 
 class ManyRanks(Ranks):
@@ -66,9 +76,9 @@ class ManyRanks(Ranks):
     of one data rank draw the same: they hold other heads or tokens.
     """
 
-    def __init__(self, degrees: Degrees) -> None:
+    def __init__(self, degrees: Degrees | None = None) -> None:
+        super().__init__(degrees)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.degrees = degrees
         self._balancer: Any = None
 
     @property

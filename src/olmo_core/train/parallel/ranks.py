@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from olmo_core.data import PackedBatch
 from olmo_core.nn.transformer import Transformer
-from olmo_core.train.parallel.degrees import Degrees
+from olmo_core.train.parallel.degrees import Degrees, deal
 from olmo_core.utils import checked_device
 
 __all__ = ["Ranks", "Tokens"]
@@ -37,9 +37,16 @@ class Ranks:
     """One process."""
 
     rank, size = 0, 1
-    degrees = Degrees()
     agreed: Exception | None = None
     """The last error that all ranks raised alike, so that one need tell it."""
+
+    def __init__(self, degrees: Degrees | None = None) -> None:
+        self.degrees = degrees or Degrees()
+
+    def deal(self, **options: Any) -> None:
+        """Set :attr:`degrees` as :func:`.deal` does."""
+        with self.together():
+            self.degrees = deal(self.size, **options)
 
     @property
     def is_first(self) -> bool:
@@ -63,6 +70,15 @@ class Ranks:
     def on_first(self, function: Callable[..., T], *args: Any, **keywords: Any) -> T:
         """What ``function`` returns, or raises, on the first rank, which alone calls it."""
         return function(*args, **keywords)
+
+    @contextmanager
+    def entered_by_first(self, manager: AbstractContextManager[Any]) -> Iterator[None]:
+        """The block of a ``with`` whose manager the first rank alone enters and leaves."""
+        with ExitStack() as stack:
+            with self.together():
+                if self.is_first:
+                    stack.enter_context(manager)
+            yield
 
     def expect_same(self, **facts: object) -> None:
         """:raises OLMoConfigurationError: on all ranks if one has other facts, known by their
