@@ -35,8 +35,7 @@ def joined(**degrees: Any) -> Iterator[Ranks]:
         return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    handler = get_error_handler()
-    handler.initialize()
+    get_error_handler().initialize()
     ranks = join()
     try:
         ranks.deal(**degrees)
@@ -52,13 +51,25 @@ def joined(**degrees: Any) -> Iterator[Ranks]:
                 f"rank {ranks.rank} lost another rank, which failed or was ended: see its own "
                 "message. Then go on with --resume"
             ) from error
-        try:  # a message says it all
-            raise type(error)(str(error)) if isinstance(error, OLMoError) else error
-        except Exception as told:
-            handler.record_exception(told)
-        if error is ranks.agreed and not ranks.is_first:
-            raise typer.Exit(2 if isinstance(error, OLMoConfigurationError) else 1) from error
-        raise
+        _record(error)
+        if error is not ranks.agreed:
+            raise
+        ranks.close()
+        if ranks.is_first:
+            raise
+        raise typer.Exit(2 if isinstance(error, OLMoConfigurationError) else 1) from error
+
+
+def _record(error: Exception) -> None:
+    """Leave an error where the launcher looks for it: one that can be named, without its way."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    try:
+        if isinstance(error, OLMoError):
+            raise type(error)(str(error)) from None
+        raise error
+    except Exception as told:
+        get_error_handler().record_exception(told)
 
 
 def command_line(ranks: Ranks) -> str:
