@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from olmo_core.train.checkpoint import Checkpoint
     from olmo_core.train.config import TrainConfig
     from olmo_core.train.folder import RunFolder
+    from olmo_core.train.parallel.ranks import Ranks
     from olmo_core.train.trainer import Summary, Trainer
 
 
@@ -156,7 +157,7 @@ def command(
         with ranks.entered_by_first(folder.held()):
             checkpoint = None
             if resume:
-                checkpoint = ranks.on_first(_last_checkpoint, folder.path, console)
+                checkpoint = _last_checkpoint(folder.path, ranks, console)
                 with ranks.together():
                     config = _config_of(checkpoint, preset, changes, folder.option)
             trainer = Trainer(
@@ -237,10 +238,10 @@ def _show_what_it_learned(
     console.print(f'More of it: olmo-core generate -c {trainer.run} "ROMEO:"', soft_wrap=True)
 
 
-def _last_checkpoint(run: Path, console: Console) -> Checkpoint:
-    from olmo_core.train.checkpoint import find_checkpoint
+def _last_checkpoint(run: Path, ranks: Ranks, console: Console) -> Checkpoint:
+    from olmo_core.train.parallel.storage import find
 
-    checkpoint, problems = find_checkpoint(run)
+    checkpoint, problems = find(run, ranks)
     for problem in problems:
         message = f"{problem}; going on from {checkpoint.folder.name}"
         console.print(message, style="yellow", soft_wrap=True)

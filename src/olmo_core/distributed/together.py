@@ -24,18 +24,19 @@ def together(step: Callable[[], T]) -> T:
 
     A collective of the default process group; without one it only calls ``step``.
 
-    :raises Exception: What the first rank that failed has raised, on every rank.
+    :raises Exception: What the first rank that failed has raised, on every rank; on that one with
+        its traceback.
     """
     if not is_distributed():
         return step()
-    error: Exception | None = None
+    own: Exception | None = None
     try:
         result = step()
     except Exception as raised:
-        error = _portable(raised)
-    for each in gather(error):
+        own = raised
+    for rank, each in enumerate(gather(own and _portable(own))):
         if each is not None:
-            raise each
+            raise own if own is not None and rank == get_rank() else each
     return result
 
 

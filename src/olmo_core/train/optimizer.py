@@ -7,7 +7,7 @@ dimensions): torch's fused and multi-tensor functions take one mesh at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -85,16 +85,14 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def start_state(model: nn.Module, optimizer: torch.optim.Optimizer, names: Collection[str]) -> None:
-    """Give an optimizer of :func:`adamw` the state, of zeros, that ``names`` as in
-    :func:`optimizer_state` say: torch makes it at the first step alone."""
-    for name, parameter in model.named_parameters():
-        if f"optimizer.step.{name}" in names:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+def start_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer of :func:`adamw` the state that torch makes at its first step."""
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -279,21 +279,32 @@ class Trainer:
         return f"Start a new run with a lower optimizer.lr (now {self.config.optimizer.lr:g})."
 
     def _save(self) -> Path:
-        content = {"config": self.config.as_config_dict(), "extra": self.digests}
         with self.ranks.together():
             try:
                 return storage.save(
-                    self.folder, self.ranks, self.step,
-                    model=self.model, optimizer=self.optimizer, device=self.device, **content,
-                )  # fmt: skip
+                    self.folder,
+                    self.ranks,
+                    self.step,
+                    config=self.config.as_config_dict(),
+                    extra=self.digests,
+                    **self._state(),
+                )
             except TrainingError as error:
                 raise TrainingError(f"{error}. {self._advice()}") from error
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         with self.ranks.together():
             expect_same_texts(checkpoint, self.digests, self.config.data.path)
-        storage.restore(checkpoint, self.ranks, self.model, self.optimizer, self.device)
+        storage.restore(checkpoint, self.ranks, **self._state())
         self.step = checkpoint.step
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "seed": self.config.seed,
+            "device": self.device,
+        }
 
 
 def _digest(documents: list[bytes], vocabulary: str) -> str:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from olmo_core.train.checkpoint import find_checkpoint
 from olmo_core.train.config import TrainConfig
 from olmo_core.train.metrics import Row, read_metrics
+from olmo_core.train.parallel import storage
 from olmo_core.train.parallel.degrees import deal
 from olmo_core.train.parallel.many import ManyRanks
 from olmo_core.train.parallel.ranks import Ranks
@@ -20,7 +20,8 @@ HYBRID = [
     "model.blocks.1.sequence_mixer.n_kv_heads=2",
 ]  # fmt: skip
 SMALL = [
-    "model.d_model=16", "model.n_layers=2", "device=cpu", "data.sequence_length=64", "data.batch_size=4", "data.max_doc_len=48", "model.dtype=float64",
+    "model.d_model=16", "model.n_layers=2", "model.dtype=float64", "device=cpu",
+    "data.sequence_length=64", "data.batch_size=4", "data.max_doc_len=48",
     "optimizer.warmup_steps=2", "optimizer.grad_clip=0.3", "eval_batches=2", "eval_every=3",
     "save_every=4", "log_every=2",
 ]  # fmt: skip
@@ -63,7 +64,7 @@ def train(
     ranks = ManyRanks(deal(n, **options)) if n > 1 else Ranks()
     checkpoint = None
     if ranks.on_first(run.exists):
-        checkpoint, problems = ranks.on_first(find_checkpoint, run)
+        checkpoint, problems = storage.find(run, ranks)
         assert problems == []
     trainer = Trainer(config, run, checkpoint=checkpoint, ranks=ranks)
     take = trainer._train_step

@@ -11,12 +11,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from olmo_core.data import IGNORE_INDEX, PackedBatch
+from olmo_core.distributed.together import from_first_rank, gather, together
 from olmo_core.exceptions import OLMoConfigurationError, OLMoError
 from olmo_core.nn.attention.ring import RingContextParallelStyle, UlyssesContextParallelStyle
 from olmo_core.nn.fsdp import fsdp_policy
@@ -92,43 +94,39 @@ class ManyRanks(Ranks):
             yield
         except Exception as error:
             own = error
-        told: list[_Failure | None] = [None] * self.size
-        dist.all_gather_object(told, None if own is None else _Failure.of(own))
-        failed = [(rank, failure) for rank, failure in enumerate(told) if failure is not None]
-        if failed:
-            self._raise(*failed[0], own)
+        with self._agreeing():
+            together(lambda: self._tell(own))
 
     def on_first(self, function: Callable[..., T], *args: Any, **keywords: Any) -> T:
-        own: Exception | None = None
-        told: list[Any] = [None, None]
-        if self.is_first:
-            try:
-                told[0] = function(*args, **keywords)
-            except Exception as error:
-                own, told[1] = error, _Failure.of(error)
-        dist.broadcast_object_list(told, src=0)
-        if told[1] is not None:
-            self._raise(0, told[1], own)
-        result: T = told[0]
-        return result
+        with self._agreeing():
+            return from_first_rank(lambda: function(*args, **keywords))
 
-    def _raise(self, rank: int, failure: _Failure, own: Exception | None) -> None:
-        if own is not None and not isinstance(own, OLMoError):
-            raise own  # with its traceback, which the others don't have
-        where = f"rank {rank}: " if rank else ""
-        self.agreed = failure.kind(f"{where}{failure.message}")
-        raise self.agreed from own
+    @contextmanager
+    def _agreeing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.agreed = error
+            raise
+
+    def _tell(self, own: Exception | None) -> None:
+        """Raise what this rank has met; where it is not the first, with its number."""
+        if own is None:
+            return
+        if self.is_first:
+            raise own
+        if isinstance(own, OLMoError):
+            raise type(own)(f"rank {self.rank}: {own}") from own
+        raise TrainingError(f"rank {self.rank}: {type(own).__name__}: {own}") from own
 
     def expect_same(self, **facts: object) -> None:
         digests = {
             name: hashlib.sha256(str(fact).encode()).digest() for name, fact in facts.items()
         }
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, digests)
+        first, *others = gather(digests)
         with self.together():
-            for rank, theirs in enumerate(everyone):
-                differ = [name for name in facts if theirs[name] != everyone[0][name]]
-                if differ:
+            for rank, theirs in enumerate(others, 1):
+                if differ := [name for name in facts if theirs[name] != first[name]]:
                     raise OLMoConfigurationError(
                         f"rank {rank} has another {' and '.join(differ)} than rank 0: all ranks "
                         "must be started with the same options, and find the same files"
@@ -211,21 +209,11 @@ class ManyRanks(Ranks):
         digest = hashlib.sha256(text.encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
+    def random_state(self, seed: int, device: torch.device) -> dict[str, Tensor]:
+        return {"rng.seed": torch.tensor(seed)}
+
     def close(self) -> None:
         dist.destroy_process_group()
-
-
-class _Failure(NamedTuple):
-    """An error that travels: of a class that all ranks know, with its message."""
-
-    kind: type[OLMoError]
-    message: str
-
-    @classmethod
-    def of(cls, error: Exception) -> _Failure:
-        if isinstance(error, OLMoError):
-            return cls(type(error), str(error))
-        return cls(TrainingError, f"{type(error).__name__}: {error}")
 
 
 def _share_parameters(model: Transformer, mesh: DeviceMesh) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from olmo_core.data import PackedBatch
 from olmo_core.nn.transformer import Transformer
+from olmo_core.train.checkpoint import random_state
 from olmo_core.train.parallel.degrees import Degrees, deal
 from olmo_core.utils import checked_device
 
@@ -111,6 +112,10 @@ class Ranks:
 
     def seed(self, seed: int, step: int) -> None:
         """Before each step. One process draws on from where it was: its checkpoints say where."""
+
+    def random_state(self, seed: int, device: torch.device) -> dict[str, Tensor]:
+        """What the next steps draw from, for a checkpoint."""
+        return random_state(device)
 
     def close(self) -> None:
         """Leave the others."""
