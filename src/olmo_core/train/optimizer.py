@@ -66,7 +66,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     dist.all_reduce(total)
     total = total.sqrt()
     for part in _by_mesh(own):
-        torch.nn.utils.clip_grads_with_norm_(part, limit, total.to(part[0].dtype))
+        torch.nn.utils.clip_grads_with_norm_(part, limit, total)
     return total
 
 

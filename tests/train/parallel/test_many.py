@@ -92,6 +92,31 @@ def test_float32(corpus: Path, tmp_path: Path, name: str) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+HALF: dict[str, Options] = {
+    "data": (2, {}),
+    "balanced": (2, {"cp": "balanced"}),
+    "ulysses": (2, {"cp": "ulysses"}),
+    "cp x tp": (4, {"cp": "llama3", "cp_degree": 2, "tp_degree": 2}),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_bfloat16_beside_float32(corpus: Path, tmp_path: Path, name: str) -> None:
+    """Gates, norms and ``A_log`` of a delta net stay float32, which FSDP2 gathers apart."""
+    n, options = HALF[name]
+    curves = []
+    for dtype in ("float64", "bfloat16"):
+        config = small(corpus, "steps=3", f"model.dtype={dtype}")
+        train(0, 1, config, tmp_path / dtype, {})
+        curves.append([row["loss"] for row in curve(tmp_path / dtype)])
+    on_ranks(n, train, config, tmp_path / "many", options)
+    truth, half = curves
+    rounding = max(abs(a - b) for a, b in zip(truth, half, strict=True))
+    assert rounding > 0
+    got = [row["loss"] for row in curve(tmp_path / "many")]
+    assert got == pytest.approx(truth, abs=3 * rounding)
+
+
 def test_going_on_with_another_number(corpus: Path, tmp_path: Path) -> None:
     """Two ranks, then one process, four, and two that share layers: as if never interrupted. The
     signal comes to a rank that does not write."""

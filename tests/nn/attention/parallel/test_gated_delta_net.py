@@ -217,6 +217,8 @@ def test_what_is_sent_does_not_grow_with_the_tokens(n: int) -> None:
 
 
 def keywords_and_refusals(rank: int, n: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
     whole, sharded, balancer = build("groups", "llama3", n)
     cu = [0, 3, 3, 20, 21, 37, 50]
     x, dout = draw_input(1, 50, whole.d_model)
@@ -251,6 +253,11 @@ def keywords_and_refusals(rank: int, n: int) -> None:
     hooked.apply_cp(**arguments)
     with pytest.raises(RuntimeError, match="hooks of q_conv1d"):
         hooked(x[:, :24], global_cu_doc_lens=int32([0, 48]))
+    alone = make_gdn("groups")  # FSDP2 would gather the weights when the convolution is called
+    fully_shard(alone.q_conv1d, mesh=arguments["cp_mesh"])
+    alone.apply_cp(**arguments)
+    with pytest.raises(RuntimeError, match="hooks of q_conv1d"):
+        alone(x[:, :24], global_cu_doc_lens=int32([0, 48]))
 
 
 def test_keywords_copies_and_what_is_refused() -> None:

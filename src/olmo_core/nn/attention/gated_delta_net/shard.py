@@ -59,7 +59,8 @@ def mix_shard(
     :param g: (B, T, HV); likewise ``beta``.
     :param choose_rule: From q and v to a choice whose ``run`` is like :func:`.gated_delta_rule`.
     """
-    if any(is_heard(conv) for conv in convolutions):
+    pairs = zip(convolutions, projected, strict=True)
+    if any(is_heard(conv) and not _gathered(conv, x) for conv, x in pairs):
         raise RuntimeError(
             "Under context parallelism each rank convolves with a part of the weights, so hooks of "
             "q_conv1d, k_conv1d and v_conv1d would not run. Remove the hooks, or hook the "
@@ -94,6 +95,14 @@ def mix_shard(
     back = shard._replace(group=context.ulysses_group, everyone="")
     mine: Tensor = swap_heads(blocks, *back)
     return mine.movedim(0, 2).flatten(2, 3)
+
+
+def _gathered(conv: CausalConv1d, x: Tensor) -> bool:
+    """Whether the only hooks are FSDP2's, which has gathered the weights for ``x``: those of a group
+    at once, and :meth:`.SequenceMixer.fsdp_policy` has projections in theirs."""
+    names = {cls.__name__ for cls in type(conv).__mro__}
+    alone = len(conv._forward_pre_hooks) == len(conv._forward_hooks) == 1
+    return "FSDPModule" in names and alone and local(conv.weight).shape[0] == x.shape[-1]
 
 
 def _swapped(
