@@ -98,8 +98,10 @@ def mix_shard(
 
 
 def _gathered(conv: CausalConv1d, x: Tensor) -> bool:
-    """Whether the only hooks are FSDP2's, which has gathered the weights for ``x``: those of a group
-    at once, and :meth:`.SequenceMixer.fsdp_policy` has projections in theirs."""
+    """Whether the only hooks are FSDP2's, which has gathered the weights for ``x``.
+
+    It gathers those of a group at once, and a mixer's policy puts projections beside convolutions.
+    """
     names = {cls.__name__ for cls in type(conv).__mro__}
     alone = len(conv._forward_pre_hooks) == len(conv._forward_hooks) == 1
     return "FSDPModule" in names and alone and local(conv.weight).shape[0] == x.shape[-1]
