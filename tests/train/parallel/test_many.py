@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from gloo_ranks import on_ranks
+from olmo_core.nn.sharded import is_sharded
 from olmo_core.train.checkpoint import find_checkpoint
+from olmo_core.train.config import TrainConfig
+from olmo_core.train.parallel.degrees import deal
+from olmo_core.train.parallel.many import ManyRanks
+from olmo_core.train.trainer import Trainer
 from train.parallel.runs import curve, small, train, write_corpus
 
 pytestmark = pytest.mark.distributed
@@ -65,18 +70,27 @@ def test_losses_of_one_process(corpus: Path, tmp_path: Path, name: str) -> None:
             assert (a[key] - b[key]).abs().max() < 1e-7, key
 
 
+# At the presets' learning rate so small a model drifts apart from itself: moved by 1e-15 it is
+# 1e-5 away after 25 steps.
+CALM = "optimizer.lr=5e-4"
+PRESETS = ["tiny-hybrid", "tiny", "tiny-window", "tiny-ngpt"]
+ALL = [(name, preset) for name in OPTIONS for preset in PRESETS]
+ALL += [(name, "tiny-hybrid") for name in MORE]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["tiny-hybrid", "tiny", "tiny-window", "tiny-ngpt"])
-@pytest.mark.parametrize("name", [*OPTIONS, *MORE])
+@pytest.mark.parametrize(("name", "preset"), ALL)
 def test_thirty_steps(corpus: Path, tmp_path: Path, name: str, preset: str) -> None:
     n, options = (OPTIONS | MORE)[name]
-    changes = ["steps=30", "model.n_layers=4", "data.batch_size=12" if n == 3 else "seed=1"]
+    changes = [CALM, "steps=30", "model.n_layers=4", f"data.batch_size={12 if n == 3 else 4}"]
     if preset == "tiny-hybrid":
         changes.append("model.pattern=[0,0,0,1]")
     config = small(corpus, *changes, preset=preset)
     train(0, 1, config, tmp_path / "one", {})
     on_ranks(n, train, config, tmp_path / "many", options, timeout=300)
-    near(tmp_path / "many", tmp_path / "one", 1e-8)
+    for key in ("loss", "held_out"):
+        got, want = ([row.get(key) for row in curve(tmp_path / run)] for run in ("many", "one"))
+        assert got == pytest.approx(want, abs=1e-8)
 
 
 @pytest.mark.slow
@@ -84,11 +98,11 @@ def test_thirty_steps(corpus: Path, tmp_path: Path, name: str, preset: str) -> N
 def test_float32(corpus: Path, tmp_path: Path, name: str) -> None:
     """Rounding makes runs drift apart later."""
     n, options = (OPTIONS | MORE)[name]
-    changes = ["steps=15", "model.dtype=float32", "data.batch_size=12" if n == 3 else "seed=1"]
+    changes = [CALM, "steps=15", "model.dtype=float32", f"data.batch_size={12 if n == 3 else 4}"]
     config = small(corpus, *changes)
     train(0, 1, config, tmp_path / "one", {})
     on_ranks(n, train, config, tmp_path / "many", options, timeout=300)
-    losses = [[row["loss"] for row in curve(tmp_path / name)] for name in ("one", "many")]
+    losses = [[row["loss"] for row in curve(tmp_path / run)] for run in ("one", "many")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
@@ -115,6 +129,17 @@ def test_bfloat16_beside_float32(corpus: Path, tmp_path: Path, name: str) -> Non
     assert rounding > 0
     got = [row["loss"] for row in curve(tmp_path / "many")]
     assert got == pytest.approx(truth, abs=3 * rounding)
+
+
+def looked(rank: int, n: int, config: TrainConfig, run: Path) -> list[bool]:
+    trainer = Trainer(config, run, ranks=ManyRanks(deal(n, cp="zig_zag")))
+    trainer.evaluate(1)
+    return [is_sharded(parameter) for parameter in trainer.model.parameters()]
+
+
+def test_a_look_leaves_the_parameters_sharded(corpus: Path, tmp_path: Path) -> None:
+    """FSDP2 gathers the outermost ones for a backward pass, which does not come."""
+    assert all(map(all, on_ranks(2, looked, small(corpus), tmp_path)))
 
 
 def test_going_on_with_another_number(corpus: Path, tmp_path: Path) -> None:
