@@ -177,6 +177,19 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         assert not [name for name in loaded if name == heavy or name.startswith(heavy + ".")]
 
 
+def test_training_in_one_process_loads_nothing_of_many_ranks() -> None:
+    script = """
+import json, sys
+import torch
+before = set(sys.modules)
+import olmo_core.cli.train, olmo_core.cli.launch, olmo_core.train.trainer
+import olmo_core.train.parallel.many
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    heavy = tuple(name + "." for name in HEAVY_TORCH if not name.startswith("torch.utils"))
+    assert not [name for name in run(script) if (name + ".").startswith(heavy)]
+
+
 def test_every_module_imports_without_the_optional_packages() -> None:
     """All of them at once: none of our modules may need one of them to be imported."""
     script = """

@@ -114,3 +114,29 @@ def test_tokens_round_trip() -> None:
     assert encode(text)[0] == EOD and decode(encode(text)) == text
     assert decode([EOD, 0xE2, 0x80]) == "�"
     assert encode(b"\xff") == [EOD, 255]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+def test_the_parts_of_a_batch_are_the_batch(parts: int) -> None:
+    documents = [bytes([i]) * (i % 11 + 1) for i in range(70)]
+    data = PackedDocuments(documents, batch_size=6, sequence_length=16, max_doc_len=9)
+    pairs = [(data.batch(3), [data.batch(3, share=(i, parts)) for i in range(parts)])]
+    shares = [data.one_epoch(share=(i, parts)) for i in range(parts)]
+    pairs += zip(data.one_epoch(), map(list, zip(*shares, strict=True)), strict=True)
+    for whole, shared in pairs:
+        for name in ("input_ids", "labels"):
+            joined = torch.cat([getattr(part, name) for part in shared])
+            assert torch.equal(joined, getattr(whole, name))
+        found = [p for part in shared for p in predictions(part)]
+        assert found == predictions(whole)
+        assert {part.num_bytes for part in shared} == {whole.num_bytes}
+        counted = int((whole.labels != IGNORE_INDEX).sum())
+        assert {part.num_labels for part in shared} == {whole.num_labels} == {counted}
+        assert len({part.doc_lens.cu_doc_lens.shape for part in shared}) == 1
+
+
+@pytest.mark.parametrize("share", [(0, 4), (2, 2), (-1, 2)])
+def test_a_part_that_there_is_not(share: tuple[int, int]) -> None:
+    data = PackedDocuments([b"mice"], batch_size=6, sequence_length=16)
+    with pytest.raises(ValueError, match="equal ones of 6 rows"):
+        data.batch(0, share=share)
