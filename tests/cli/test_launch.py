@@ -227,9 +227,8 @@ def test_an_exception_in_one_rank(tmp_path: Path, text: Path) -> None:
     (tmp_path / "fails.py").write_text(FAILS)
     args = ["train", "--cp", "zig_zag", "--save-folder", "runs/r", "--data", str(text), *SMALL]
     args += ["--steps=10", "save_every=2", "--sample=0"]
-    began = time.monotonic()
     done = launch(tmp_path, "--nproc-per-node", "2", "fails.py", *args)
-    assert done.returncode != 0 and time.monotonic() - began < 60
+    assert done.returncode != 0
     assert "rank      : 1 (local_rank: 1)" in done.stderr.split("Root Cause")[1], done.stderr
     assert "this rank's own error" in done.stderr.split("Root Cause")[1]
     done = launch(tmp_path, "--nproc-per-node", "2", "-m", "olmo_core", *args, "--resume")
@@ -255,14 +254,18 @@ def test_a_signal_leaves_one_whole_checkpoint(tmp_path: Path, text: Path, to: st
     assert checkpoint.step == steps(tmp_path)[-1] > 0
 
 
+def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return re.findall(r"^Error: ([^:]+)", done.stderr, re.MULTILINE)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_refusal_is_told_once(tmp_path: Path) -> None:
     args = ["--nproc-per-node", "2", "-m", "olmo_core", "train", "--save-folder", "r"]
     done = launch(tmp_path, *args, "data.batch_size=3")
     assert done.returncode != 0 and not (tmp_path / "r").exists()
-    assert done.stderr.count("\nError: data.batch_size=3 rows can't be dealt to 2 ranks") == 1
+    assert complaints(done) == ["data.batch_size=3 rows can't be dealt to 2 ranks of data"]
     done = launch(tmp_path, *args, "--cp", "zig_zag", "--cp-degree", "3")
-    assert done.stderr.count("\nError: 2 ranks can't be dealt to --cp-degree 3") == 1
+    assert complaints(done) == ["2 ranks can't be dealt to --cp-degree 3, which must divide them"]
     done = launch(tmp_path, *args, "--cp", "zig_zag", "--show-config")
     assert done.returncode == 0 and json.loads(done.stdout)["steps"] == 800

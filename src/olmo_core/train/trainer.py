@@ -103,7 +103,8 @@ class Trainer:
             expect_it_fits(config, self.device, self.ranks.degrees)
             self.model = config.model.build(init_device="meta")
         self.ranks.expect_same(configuration=config)
-        self.ranks.share_model(self.model, self.device)
+        with self.ranks.together():
+            self.ranks.share_model(self.model, self.device)
         with self.ranks.entered_by_first(self.folder.held()):
             self.ranks.on_first(self.folder.expect_room, checkpoint_bytes(config))
             with self.ranks.together():
@@ -242,7 +243,7 @@ class Trainer:
 
     def _total_loss(self, batch: PackedBatch) -> Tensor:
         """Of this rank's tokens, summed."""
-        tokens = self.ranks.shard(batch.to(self.device))
+        tokens = self.ranks.shard(batch).to(self.device)
         with self._autocast():
             loss: Tensor = self.forward(
                 tokens.input_ids, labels=tokens.labels, loss_reduction="sum", **tokens.lengths

@@ -33,6 +33,13 @@ class Tokens(NamedTuple):
     lengths: dict[str, Any]
     """Further keywords of :meth:`Transformer.forward`."""
 
+    def to(self, device: torch.device) -> Tokens:
+        def move(x: Any) -> Any:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        lengths = {name: move(value) for name, value in self.lengths.items()}
+        return Tokens(move(self.input_ids), move(self.labels), lengths)
+
 
 class Ranks:
     """One process."""
