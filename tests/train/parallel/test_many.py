@@ -114,7 +114,7 @@ HALF: dict[str, Options] = {
 }
 
 
-@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("name", [*HALF][:-1] + [pytest.param("cp x tp", marks=pytest.mark.slow)])
 def test_bfloat16_beside_float32(corpus: Path, tmp_path: Path, name: str) -> None:
     """Gates, norms and ``A_log`` of a delta net stay float32, which FSDP2 gathers apart."""
     n, options = HALF[name]
@@ -156,7 +156,14 @@ def test_going_on_with_another_number(corpus: Path, tmp_path: Path) -> None:
     near(run, tmp_path / "one", 1e-8)
 
 
-@pytest.mark.parametrize("options", [{}, {"cp": "ulysses"}, {"tp_degree": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cp": "ulysses"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"tp_degree": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_dropout_goes_on_to_the_bit(corpus: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     dropout = "model.blocks.0.sequence_mixer.dropout=0.2"
     config = small(corpus, dropout, "steps=4", preset="tiny")
