@@ -32,11 +32,12 @@ def together(step: Callable[[], T]) -> T:
     own: Exception | None = None
     try:
         result = step()
-    except Exception as raised:
-        own = raised
-    for rank, each in enumerate(gather(own and _portable(own))):
-        if each is not None:
-            raise own if own is not None and rank == get_rank() else each
+    except Exception as error:
+        own = _portable(error)
+    failed = [(rank, each) for rank, each in enumerate(gather(own)) if each is not None]
+    if failed:
+        rank, first = failed[0]
+        raise own if own is not None and rank == get_rank() else first
     return result
 
 
@@ -59,5 +60,7 @@ def _portable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        same = RuntimeError(f"{type(error).__name__}: {error}")
+        same.__cause__ = error
+        return same
     return error

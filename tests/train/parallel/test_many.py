@@ -114,7 +114,9 @@ HALF: dict[str, Options] = {
 }
 
 
-@pytest.mark.parametrize("name", [*HALF][:-1] + [pytest.param("cp x tp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["data", "balanced", "ulysses", pytest.param("cp x tp", marks=pytest.mark.slow)]
+)
 def test_bfloat16_beside_float32(corpus: Path, tmp_path: Path, name: str) -> None:
     """Gates, norms and ``A_log`` of a delta net stay float32, which FSDP2 gathers apart."""
     n, options = HALF[name]
