@@ -13,6 +13,7 @@ from olmo_core.train.checkpoint import find_checkpoint
 from olmo_core.train.config import TrainConfig
 from olmo_core.train.parallel.degrees import deal
 from olmo_core.train.parallel.many import ManyRanks
+from olmo_core.train.presets import DEFAULT_PRESET, get_preset
 from olmo_core.train.trainer import Trainer
 from train.parallel.runs import curve, small, train, write_corpus
 
@@ -104,6 +105,19 @@ def test_float32(corpus: Path, tmp_path: Path, name: str) -> None:
     on_ranks(n, train, config, tmp_path / "many", options, timeout=300)
     losses = [[row["loss"] for row in curve(tmp_path / run)] for run in ("one", "many")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["balanced", "tp"])
+def test_the_whole_demo(tmp_path: Path, name: str) -> None:
+    """In float32: ten minutes on two cores."""
+    n, options = OPTIONS[name]
+    config = get_preset(DEFAULT_PRESET).merge(["device=cpu"])
+    one = train(0, 1, config, tmp_path / "one", {})
+    many = on_ranks(n, train, config, tmp_path / "many", options, timeout=3000)[0]
+    losses = [[row["loss"] for row in curve(tmp_path / run)] for run in ("one", "many")]
+    assert losses[0][:15] == pytest.approx(losses[1][:15], abs=1e-4)
+    assert one.held_out == pytest.approx(many.held_out, rel=0.02)
 
 
 HALF: dict[str, Options] = {
