@@ -18,7 +18,7 @@ from typing import Any
 
 from olmo_core.diagnostics.ranks import Failure, Ranks
 
-__all__ = ["RankError", "errors_on_ranks", "on_ranks"]
+__all__ = ["RankError", "errors_on_ranks", "on_ranks", "pool"]
 
 _RANKS: dict[int, Ranks] = {}
 
@@ -32,7 +32,7 @@ def on_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 
 
     :raises RankError: If a rank raises, dies, or does not answer in time.
     """
-    answers = _ranks(n).run(function, *args, timeout=timeout)
+    answers = pool(n).run(function, *args, timeout=timeout)
     failures = {rank: a for rank, a in enumerate(answers) if isinstance(a, Failure)}
     if failures:
         each = (
@@ -49,14 +49,15 @@ def errors_on_ranks(
 
     :raises RankError: If a rank dies, or does not answer in time.
     """
-    answers = _ranks(n).run(function, *args, timeout=timeout)
+    answers = pool(n).run(function, *args, timeout=timeout)
     lost = [a.message for a in answers if isinstance(a, Failure) and not a.traceback]
     if lost:
         raise RankError("\n".join(lost))
     return [a.message if isinstance(a, Failure) else None for a in answers]
 
 
-def _ranks(n: int) -> Ranks:
+def pool(n: int) -> Ranks:
+    """The processes of a rank count, for what drives them by itself."""
     if n not in _RANKS or not _RANKS[n].alive:
         _RANKS[n] = Ranks(n)
     return _RANKS[n]

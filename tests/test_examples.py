@@ -34,6 +34,7 @@ def test_training() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow  # README's own example runs always
 def test_context_parallelism() -> None:
     shown = run("context_parallel.py", ranks=2)
     (rows,) = re.findall(r"(\d+) of 1024 tokens", shown)

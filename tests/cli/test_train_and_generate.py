@@ -471,7 +471,10 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_losses(
     assert losses(folder) == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_leaves(
     tmp_path: Path, text: Path, forker: Forker, number: signal.Signals
 ) -> None:

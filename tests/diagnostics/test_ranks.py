@@ -49,6 +49,7 @@ def dies(rank: int, n: int) -> None:
         os._exit(3)
 
 
+@pytest.mark.slow
 def test_lost_ranks_end_and_are_replaced() -> None:
     before = [pid for pid, _ in on_ranks(2, total, 1)]
     with pytest.raises(RankError, match=r"no answer in 0\.5 s"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gloo_ranks import pool
 from olmo_core.diagnostics import properties, sharded
 from olmo_core.diagnostics.machine import probe_head_dim
 from olmo_core.diagnostics.mixers import MIXERS
@@ -68,19 +69,26 @@ def check(
     return {(o.cell.mixer, o.cell.prop): o for o in run(todo, CPU)}
 
 
+@pytest.fixture
+def ranks() -> None:
+    """The sharded cells' ranks are those of all tests, not two more."""
+    sharded.use_ranks(pool(2), 2)
+
+
 def failed(outcomes: dict[tuple[str, str], Outcome]) -> set[tuple[str, str]]:
     return {key for key, o in outcomes.items() if o.status == "failed"}
 
 
 @pytest.mark.distributed
-def test_nothing_fails_as_it_is() -> None:
+def test_nothing_fails_as_it_is(ranks: None) -> None:
     outcomes = check(["kernel", "gqa", "window"], sharded=True)
     assert not failed(outcomes)
     assert all(o.status == "passed" for o in outcomes.values())
     assert {"zig_zag", "llama3", "balanced", "ulysses"} <= {prop for _, prop in outcomes}
 
 
-def test_the_gated_delta_net_keeps_the_promise() -> None:
+@pytest.mark.distributed
+def test_the_gated_delta_net_keeps_the_promise(ranks: None) -> None:
     outcomes = check(["gated_delta_net"], sharded=True)
     assert not failed(outcomes)
     assert outcomes["gdn", "rollback"].status == "passed"
@@ -165,7 +173,7 @@ def sharded_cell(prop: str) -> Outcome:
 
 
 @pytest.mark.distributed
-def test_heads_dealt_to_ranks() -> None:
+def test_heads_dealt_to_ranks(ranks: None) -> None:
     """Each class; and what does not suit the heads is skipped, with the reason."""
     mixers = ["gqa", "ngpt", "fused", "gdn", "mqa"]
     todo = [Cell(mixer, "torch", torch.float32, "tp") for mixer in mixers]
@@ -211,7 +219,7 @@ def test_a_wrong_shard_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.distributed
-def test_an_error_on_a_rank_is_a_failed_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_on_a_rank_is_a_failed_cell(ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharded, "_on_a_rank", raises_on_a_rank)
     outcome = sharded_cell("ulysses")
     assert outcome.status == "failed"

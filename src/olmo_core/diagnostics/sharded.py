@@ -36,7 +36,7 @@ _PATIENCE = 120.0
 _STARTED: dict[int, Ranks | StartedRanks] = {}
 
 
-def use_ranks(ranks: StartedRanks, n: int) -> None:
+def use_ranks(ranks: Ranks | StartedRanks, n: int) -> None:
     """Ask these ``n`` ranks, not processes of our own."""
     _STARTED[n] = ranks
 
