@@ -11,7 +11,9 @@ from torch import Tensor
 
 from olmo_core.utils import compile_time_constant
 
-__all__ = ["INTERPRETED", "multiprocessors", "triton_refusal"]
+__all__ = ["INTERPRETED", "multiprocessors", "shared_memory_kib", "triton_refusal"]
+
+_INTERPRETER_KIB = 227  # as the largest GPU
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on any device. Read once, as Triton reads it."""
@@ -52,3 +54,19 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shared_memory_kib(device: torch.device) -> int:
+    """How much a program may have on a GPU; for a meta tensor's device, on the current one."""
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _shared_memory_kib(device)
+
+
+@cache
+def _shared_memory_kib(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETER_KIB
+    properties = torch.cuda.get_device_properties(device)
+    # torch's HIP builds do not name it: 48 KiB are what every GPU has.
+    return int(getattr(properties, "shared_memory_per_block_optin", 48 << 10)) >> 10

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.launch import await_compiled, compile_ahead, shaped_like
 from olmo_core.nn.attention.kernels.rows import rows
 from olmo_core.nn.attention.kernels.table import Choice, Row, choose
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
@@ -100,10 +101,27 @@ def _columns(streams: Sequence[Stream]) -> tuple[list[Any], list[Any], list[Any]
     )
 
 
-def _triton_forward(streams: Sequence[Stream], seen: Tensor | None, silu: bool) -> list[Tensor]:
-    from .triton_walk import launch_forward
+def _kernel_class(streams: Sequence[Stream], seen: Tensor | None, silu: bool) -> tuple[Any, ...]:
+    """What the backward kernel is compiled for: not the batch, the length, nor the documents."""
+    s = streams[0]
+    dtypes = s.x.dtype, s.weight.dtype, s.bias is None or s.bias.dtype, s.state is None
+    return "convolution", *(s.weight.shape for s in streams), *dtypes, seen is None, silu
 
-    return launch_forward(*_columns(streams), seen, silu)
+
+def _triton_forward(streams: Sequence[Stream], seen: Tensor | None, silu: bool) -> list[Tensor]:
+    from .triton_walk import launch_backward, launch_forward
+
+    x, columns = streams[0].x, _columns(streams)
+
+    def backward() -> None:
+        xs, weights, biases, states = (shaped_like(*column) for column in columns)
+        dys = [y.new_empty(y.shape) for y in xs]
+        (shaped_seen,) = shaped_like(seen)
+        launch_backward(dys, xs, weights, biases, states, shaped_seen, silu)
+
+    if x.requires_grad:
+        compile_ahead(_kernel_class(streams, seen, silu), x.device, backward)
+    return launch_forward(*columns, seen, silu)
 
 
 def _triton_backward(
@@ -111,6 +129,7 @@ def _triton_backward(
 ) -> tuple[Any, Any, Any, Any]:
     from .triton_walk import launch_backward
 
+    await_compiled(_kernel_class(streams, seen, silu), streams[0].x.device)
     return launch_backward(rows(*dys), *_columns(streams), seen, silu)
 
 

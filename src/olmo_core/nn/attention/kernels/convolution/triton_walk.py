@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.launch import launch
+
 __all__ = ["launch_backward", "launch_forward"]
 
 _BLOCK = 128  # channels
@@ -304,7 +306,7 @@ def launch_forward(
     size = weights[0].shape[2]
     ys = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
     sizes = _sizes(xs, ys, size, silu, _FORWARD)
-    _forward[_grid(xs, _FORWARD[1] - size + 1, sizes["SEGMENTS"])](
+    launch(_forward, _grid(xs, _FORWARD[1] - size + 1, sizes["SEGMENTS"]))(
         *_three(xs), *_three(weights), *_three(biases), *_three(states), *_three(ys), seen,
         xs[0].shape[1], *_strides(xs), **sizes, BIAS=biases[0] is not None,
         STATE=states[0] is not None, DOCUMENTS=seen is not None,
@@ -332,7 +334,7 @@ def launch_backward(
     parts = torch.empty(grid[1], sum(counts), dtype=torch.float32, device=xs[0].device)
     pieces = list(parts.split(counts, 1))
     dweights, dbiases = pieces[: len(xs)], pieces[len(xs) :] or [None]
-    _backward[grid](
+    launch(_backward, grid)(
         *_three(dys), *_three(xs), *_three(weights), *_three(biases), *_three(states),
         *_three(dxs), *_three(dstates), *_three(dweights), *_three(dbiases), seen,
         xs[0].shape[1], parts.stride(0), *_strides(dys), *_strides(xs), **sizes,

@@ -22,6 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.launch import launch
+
+from .blocks import scan_blocks
 from .chunks import ChunkGrid
 from .torch_forward import Saved
 from .triton_shared import (
@@ -235,7 +238,7 @@ def _gradients(
         dbeta += erased_k
         dlog += tl.sum(dq * q.to(tl.float32), axis=1) + erased_k * beta - written
         decay = whole_decay(factors_ptr, chunk_row, C)
-        whole = tl.sum(written, axis=0) + tl.sum(kept, axis=0) * decay
+        whole = tl.sum(written[None, :], axis=1) + tl.sum(kept[None, :], axis=1) * decay
         dlog += tl.where(i == C - 1, whole, 0.0)
 
         dq = tl.dot(dqk_low, k, dq)
@@ -320,41 +323,42 @@ def launch_backward(
     factors, sizes = compute_factors(grid, q, k, g, beta, ids, scale, normalize_qk)
     documents = sizes.pop("DOCUMENTS")
     wide = sizes["K_PAD"] > _MOST_KEYS
-    values = {"V": V, "BLOCK_V": NARROWEST}
+    scan = scan_blocks(sizes["K_PAD"], q.device)
+    blocks = triton.cdiv(V, scan.columns)
     common = (grid.padding, R)
 
-    def scan(
+    def carry(
         dfinal: Tensor | None, du: Tensor | None, dstates: Tensor | None, chunks: int, spans: int
     ) -> Tensor:
         dinitial = factors.new_empty(grid.batch, grid.value_heads, K, V)
-        _scan[(triton.cdiv(V, NARROWEST), R, spans)](
+        launch(_scan, (blocks, R, spans))(
             dout, q, k, saved.erasers, saved.scores, factors, ids,
             None if dfinal is None else dfinal.contiguous(), du, dstates, dinitial, *common, chunks,
-            *strides(dout, q, k), **sizes, **values, STAGES=1 if wide else 3, DOCUMENTS=documents,
-            num_warps=8 if wide else 4,
+            *strides(dout, q, k), **sizes, V=V, BLOCK_V=scan.columns, STAGES=scan.backward_stages,
+            DOCUMENTS=documents, num_warps=scan.warps,
         )  # fmt: skip
         return dinitial
 
     if callable(dfinal):
-        dfinal = dfinal(scan(None, None, None, reach, 1))
+        dfinal = dfinal(carry(None, None, None, reach, 1))
     du, dstates = q.new_empty(N, R, C, V), torch.empty_like(saved.states)
-    spans = spans_for(triton.cdiv(V, NARROWEST) * R, N, q) if documents else 1
-    dinitial = scan(dfinal, du, dstates, N, spans)
+    spans = spans_for(blocks * R, N, q) if documents else 1
+    dinitial = carry(dfinal, du, dstates, N, spans)
 
     dq, dk, dv, dg, dbeta = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)
     )
     direct = grid.group == 1 and not wide
     parts = [dq, dk] if direct else [factors.new_empty(N, R, C, K) for _ in range(2)]
-    _gradients[(N, R)](
+    launch(_gradients, (N, R))(
         dout, q, k, v, factors, ids, saved.inverses, saved.states, saved.updates, du, dstates,
         *parts, dv, dg, dbeta, *common, scale, *strides(dout, q, k, v, dq, dv, dg), **sizes,
-        **values, BLOCK_K=min(sizes["K_PAD"], _MOST_KEYS), DOCUMENTS=documents,
+        V=V, BLOCK_V=NARROWEST, BLOCK_K=min(sizes["K_PAD"], _MOST_KEYS), DOCUMENTS=documents,
         NORMALIZE=normalize_qk, DIRECT=direct, num_warps=8, num_stages=2,
     )  # fmt: skip
     if not direct:
-        _finish[(N, grid.key_rows)](
+        launch(_finish, (N, grid.key_rows))(
             q, k, factors, *parts, dq, dk, *common, scale, *strides(q, k, dq), **sizes,
-            NORMALIZE=normalize_qk, num_warps=8 if wide else 4,
+            NORMALIZE=normalize_qk, num_warps=scan.warps,
         )  # fmt: skip
     return dq, dk, dv, dg, dbeta, dinitial

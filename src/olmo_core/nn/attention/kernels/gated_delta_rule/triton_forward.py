@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.launch import launch
+
+from .blocks import scan_blocks
 from .chunks import ChunkGrid
 from .torch_forward import Saved
 from .triton_shared import (
@@ -186,8 +189,8 @@ def launch_forward(
     N, R, C, K, V = grid.chunks, grid.rows, grid.chunk, grid.key_dim, grid.value_dim
     factors, sizes = compute_factors(grid, q, k, g, beta, ids, scale, normalize_qk)
     documents = sizes.pop("DOCUMENTS")
-    wide = sizes["K_PAD"] > 128
-    warps = 8 if wide else 4
+    scan = scan_blocks(sizes["K_PAD"], q.device)
+    blocks = triton.cdiv(V, scan.columns)
     common = (grid.padding, R)
     states = inverses = None
     if saved is None:
@@ -196,14 +199,13 @@ def launch_forward(
         assert saved.erasers is not None and saved.scores is not None
         w, scores, updates = saved.erasers, saved.scores, saved.updates
         states, inverses = saved.states, saved.inverses
-    programs = triton.cdiv(V, NARROWEST) * R
-    spans = spans_for(programs, N, q) if documents else 1
+    spans = spans_for(blocks * R, N, q) if documents else 1
     # A span that warms up reads values in chunks whose updates another one writes.
     values = updates if spans == 1 else torch.empty_like(updates)
-    _prepare[(N, R)](
+    launch(_prepare, (N, R))(
         q, k, v, factors, ids, inverses, w, values, scores, *common, *strides(q, k, v),
         **sizes, V=V, LEVELS=C.bit_length() - 1, BLOCK_V=NARROWEST, DOCUMENTS=documents,
-        num_warps=warps, num_stages=3,
+        num_warps=scan.warps, num_stages=3,
     )  # fmt: skip
 
     if callable(initial_state):
@@ -211,9 +213,9 @@ def launch_forward(
     final = factors.new_empty(grid.batch, grid.value_heads, K, V)
     initial = None if initial_state is None else initial_state.contiguous()
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _scan[(triton.cdiv(V, NARROWEST), R, spans)](
+    launch(_scan, (blocks, R, spans))(
         q, k, w, scores, factors, ids, initial, values, updates, states, out, final, *common, N,
-        *strides(q, k, out), **sizes, V=V, BLOCK_V=NARROWEST, STAGES=1 if wide else 3,
-        DOCUMENTS=documents, num_warps=warps,
+        *strides(q, k, out), **sizes, V=V, BLOCK_V=scan.columns, STAGES=scan.forward_stages,
+        DOCUMENTS=documents, num_warps=scan.warps,
     )  # fmt: skip
     return out, final

@@ -8,20 +8,27 @@ inverse of a chunk is float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.launch import await_compiled, compile_ahead, shaped_like
 from olmo_core.nn.attention.kernels.rows import rows
-from olmo_core.nn.attention.kernels.triton_driver import INTERPRETED, triton_refusal
+from olmo_core.nn.attention.kernels.triton_driver import (
+    INTERPRETED,
+    shared_memory_kib,
+    triton_refusal,
+)
 
+from .blocks import LEAST_SHARED_KIB
 from .chunks import ChunkGrid
+from .probe import Problem, try_kernels
 from .torch_forward import Saved
 
 __all__ = [
+    "probed",
     "saved_like",
     "triton_backward",
     "triton_forward",
@@ -56,17 +63,40 @@ def unsupported(q: Tensor, v: Tensor) -> str | None:
         return f"batch x value heads is at most {_MAX_ROWS}, not {q.shape[0]} x {v.shape[2]}"
     if not (q.shape[0] and q.shape[1]):
         return f"there are no tokens in {tuple(q.shape)}"
-    return None if INTERPRETED else _device_reason(q.device)
+    return None if INTERPRETED else _device_reason(q, v)
 
 
-@cache
-def _device_reason(device: torch.device) -> str | None:
-    """Why not this GPU. Blocks were chosen for Hopper's matrix instructions and shared memory:
-    elsewhere they do not compile, or to slow code."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if major == 9:
+def _device_reason(q: Tensor, v: Tensor) -> str | None:
+    """Why not this GPU: outside Hopper, on which the kernels are tested, a probe decides."""
+    gpu, major, minor = q.device, *torch.cuda.get_device_capability(q.device)
+    if torch.version.hip is None and major == 9:
         return None
-    return f"the kernels are for compute capability 9, {device} has {major}.{minor}"
+    shared = shared_memory_kib(gpu)
+    if torch.version.hip is not None or major < 8 or shared < LEAST_SHARED_KIB:
+        return (
+            f"the kernels need compute capability 8.0 and {LEAST_SHARED_KIB} KiB of shared memory, "
+            f"{gpu} has {major}.{minor} and {shared}"
+        )
+    problem = Problem(gpu, q.dtype, q.shape[3], v.shape[3], v.shape[2] // q.shape[2])
+    works, answer = probed(problem)
+    return None if works else answer
+
+
+def probed(problem: Problem) -> tuple[bool, str]:
+    """What trying the kernels on a GPU told. Remembered, but for what could not be tried now."""
+    answer = _PROBED.get(problem)
+    if answer is not None:
+        return answer
+    if torch.cuda.is_current_stream_capturing():
+        return False, "their probe can't run inside a CUDA graph: call the rule once before"
+    try:
+        answer = _PROBED[problem] = try_kernels(problem, triton_forward, triton_backward)
+    except torch.OutOfMemoryError:
+        return False, "their probe found no memory"
+    return answer
+
+
+_PROBED: dict[Problem, tuple[bool, str]] = {}
 
 
 def saved_like(q: Tensor, v: Tensor) -> Saved:
@@ -103,6 +133,9 @@ def triton_forward(
     saved = saved_like(q, v) if save else None
     ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
     q, k, v = rows(q, k, v)
+    if q.is_cuda:
+        inputs = (q, k, v, g, beta)
+        _compile_ahead(grid, inputs, initial_state, ids, scale, normalize_qk, save)
     out, final = launch_forward(
         grid, q, k, v, g, beta, initial_state, ids, saved, scale, normalize_qk
     )
@@ -129,6 +162,7 @@ def triton_backward(
     grid = _grid(q, v)
     ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
     dout, q, k, v = rows(dout, q, k, v)
+    await_compiled(_kernel_class("backward", grid, (q, g, beta), ids, normalize_qk), q.device)
     return launch_backward(grid, dout, dfinal, q, k, v, g, beta, ids, saved, scale, normalize_qk)
 
 
@@ -192,6 +226,46 @@ def triton_span_backward(
     return launch_backward(
         grid, dout, outgoing, q, k, v, g, beta, ids, saved, scale, normalize_qk, reach
     )[:5]
+
+
+def _kernel_class(
+    which: str, grid: ChunkGrid, dtypes_of: Sequence[Tensor], *options: object
+) -> tuple[object, ...]:
+    """What the kernels are compiled for: not the batch, the length, nor where documents end."""
+    sizes = grid.key_heads, grid.group, grid.key_dim, grid.value_dim
+    given = (x if isinstance(x, bool) else x is not None for x in options)
+    return "gated_delta_rule", which, *sizes, *(x.dtype for x in dtypes_of), *given
+
+
+def _compile_ahead(
+    grid: ChunkGrid, inputs: tuple[Tensor, ...], initial_state: Tensor | None, ids: Tensor | None,
+    scale: float, normalize_qk: bool, save: bool,
+) -> None:  # fmt: skip
+    """Compile the forward kernels, side by side, and start to compile backward's for ``save``."""
+    q, _, _, g, beta = inputs
+
+    def forward() -> None:
+        from .triton_forward import launch_forward
+
+        shapes = shaped_like(*inputs, initial_state, ids)
+        saved = saved_like(shapes[0], shapes[2]) if save else None
+        launch_forward(*[grid, *shapes, saved, scale, normalize_qk])
+
+    def backward() -> None:
+        from .triton_backward import launch_backward
+
+        shapes = shaped_like(*inputs, ids)
+        q, v = shapes[0], shapes[2]
+        dout, saved = v.new_empty(v.shape), saved_like(q, v)
+        launch_backward(*[grid, dout, None, *shapes, saved, scale, normalize_qk])
+
+    dtypes_of = (q, g, beta)
+    key = _kernel_class("forward", grid, dtypes_of, ids, normalize_qk, save, initial_state)
+    compile_ahead(key, q.device, forward)
+    if save:
+        later = _kernel_class("backward", grid, dtypes_of, ids, normalize_qk)
+        compile_ahead(later, q.device, backward)
+    await_compiled(key, q.device)
 
 
 def _grid(q: Tensor, v: Tensor) -> ChunkGrid:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.launch import launch
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors
 
 from .chunks import QK_NORM_EPS, ChunkGrid
@@ -214,7 +215,7 @@ def compute_factors(
         "HEADS": grid.value_heads, "GROUP": grid.group, "C": C, "K": grid.key_dim,
         "K_PAD": pad(grid.key_dim), "DOCUMENTS": ids is not None,
     }  # fmt: skip
-    _factors[(N, R)](
+    launch(_factors, (N, R))(
         q, k, g, beta, ids, factors, grid.padding, R, scale, QK_NORM_EPS,
         *strides(q, k, g, beta), **sizes, NORMALIZE=normalize_qk, num_warps=4,
     )  # fmt: skip

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.launch import launch
+
 from .chunks import QK_NORM_EPS
 
 __all__ = ["launch_step"]
@@ -64,7 +66,7 @@ def launch_step(
     batch, heads, K, V = state.shape
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     update = torch.empty(v.shape, dtype=torch.float32, device=v.device)
-    _step[(triton.cdiv(V, _BLOCK_V), batch * heads)](
+    launch(_step, (triton.cdiv(V, _BLOCK_V), batch * heads))(
         q, k, v, g, beta, state, out, update, scale, QK_NORM_EPS,
         *(stride for x in (q, k, v, g, beta) for stride in x.stride()[:2]),
         HEADS=heads, GROUP=heads // q.shape[1], K=K, K_PAD=triton.next_power_of_2(K), V=V,

@@ -8,12 +8,13 @@ Shapes: B batch, T tokens, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.launch import await_compiled, compile_ahead, shaped_like
 from olmo_core.nn.attention.kernels.table import Row, choose
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
 from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
@@ -117,6 +118,36 @@ SIGMOID_GATE: tuple[Row[Callable[..., Tensor]], ...] = (
 )
 
 
+def _kernel_class(
+    backward: Callable[..., Any], inputs: Sequence[Tensor | None], option: object
+) -> tuple[object, ...]:
+    """What a backward kernel is compiled for: not the rows."""
+    each = ((None, 0) if x is None else (x.dtype, x.shape[-1]) for x in inputs)
+    return backward.__name__, *each, option
+
+
+def _compile_ahead(
+    backward: Callable[..., Any],
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
+    option: object,
+) -> None:
+    """Start to compile what ``backward`` will launch, for gradients like contiguous ``outputs``."""
+
+    def call() -> None:
+        douts = (y.new_empty(y.shape) for y in shaped_like(*outputs))
+        backward(*douts, *shaped_like(*inputs), option)
+
+    x = outputs[0]
+    compile_ahead(_kernel_class(backward, inputs, option), x.device, call)
+
+
+def _await(backward: Callable[..., Any], inputs: Sequence[Tensor | None], option: object) -> None:
+    x = inputs[0]
+    assert x is not None
+    await_compiled(_kernel_class(backward, inputs, option), x.device)
+
+
 def _tokens(x: Tensor) -> Tensor:
     """(B, T, H) such that token ``b * T + t`` lies ``t * stride`` after the first."""
     even = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
@@ -126,10 +157,14 @@ def _tokens(x: Tensor) -> Tensor:
 def _decay_forward(
     a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, padding: Tensor | None, double: bool
 ) -> tuple[Tensor, Tensor]:
-    from .triton_gates import decay_forward
+    from .triton_gates import decay_backward, decay_forward
 
     padding = None if padding is None else padding.contiguous()
-    return decay_forward(_tokens(a), _tokens(b), A_log, dt_bias, padding, double)
+    inputs = (_tokens(a), _tokens(b), A_log, dt_bias, padding)
+    outputs = decay_forward(*inputs, double)
+    if a.requires_grad:
+        _compile_ahead(decay_backward, outputs, inputs, double)
+    return outputs
 
 
 def _decay_fake(a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -144,14 +179,18 @@ def _decay_backward(
     from .triton_gates import decay_backward
 
     padding = None if padding is None else padding.contiguous()
-    dg, dbeta = dg.contiguous(), dbeta.contiguous()
-    return decay_backward(dg, dbeta, _tokens(a), _tokens(b), A_log, dt_bias, padding, double)
+    inputs = (_tokens(a), _tokens(b), A_log, dt_bias, padding)
+    _await(decay_backward, inputs, double)
+    return decay_backward(dg.contiguous(), dbeta.contiguous(), *inputs, double)
 
 
 def _norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    from .triton_gates import norm_forward
+    from .triton_gates import norm_backward, norm_forward
 
-    return norm_forward(x.contiguous(), gate.contiguous(), weight.contiguous(), eps)
+    inputs = (x.contiguous(), gate.contiguous(), weight.contiguous())
+    if x.requires_grad:
+        _compile_ahead(norm_backward, [gate], inputs, eps)
+    return norm_forward(*inputs, eps)
 
 
 def _norm_backward(
@@ -159,14 +198,18 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .triton_gates import norm_backward
 
-    dout, x, gate, weight = (y.contiguous() for y in (dout, x, gate, weight))
-    return norm_backward(dout, x, gate, weight, eps)
+    inputs = (x.contiguous(), gate.contiguous(), weight.contiguous())
+    _await(norm_backward, inputs, eps)
+    return norm_backward(dout.contiguous(), *inputs, eps)
 
 
 def _sigmoid_forward(x: Tensor, gate: Tensor, rounded: bool) -> Tensor:
-    from .triton_gates import sigmoid_forward
+    from .triton_gates import sigmoid_backward, sigmoid_forward
 
-    return sigmoid_forward(x.contiguous(), gate.contiguous(), rounded)
+    inputs = (x.contiguous(), gate.contiguous())
+    if x.requires_grad:
+        _compile_ahead(sigmoid_backward, [x], inputs, rounded)
+    return sigmoid_forward(*inputs, rounded)
 
 
 def _sigmoid_backward(
@@ -174,7 +217,9 @@ def _sigmoid_backward(
 ) -> tuple[Tensor, Tensor]:
     from .triton_gates import sigmoid_backward
 
-    return sigmoid_backward(dout.contiguous(), x.contiguous(), gate.contiguous(), rounded)
+    inputs = (x.contiguous(), gate.contiguous())
+    _await(sigmoid_backward, inputs, rounded)
+    return sigmoid_backward(dout.contiguous(), *inputs, rounded)
 
 
 def _grads_fake(n_gradients: int) -> Callable[..., tuple[Tensor, ...]]:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.launch import launch
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors
 
 __all__ = [
@@ -210,7 +211,7 @@ def decay_forward(
     """g and beta (B, T, H) float32, from a and b (B, T, H) whose rows (B * T) have one stride."""
     g, beta = (torch.empty(a.shape, dtype=torch.float32, device=a.device) for _ in range(2))
     sizes, programs = _decay_sizes(a, double)
-    _decay_forward[(programs,)](
+    launch(_decay_forward, (programs,))(
         a, b, rate, shift, padding, g, beta, a.shape[0] * a.shape[1], a.stride(1), b.stride(1),
         **sizes,
     )  # fmt: skip
@@ -225,7 +226,7 @@ def decay_backward(
     da, db = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a, b))
     sizes, programs = _decay_sizes(a, double)
     parts = torch.empty(programs, 2, a.shape[2], dtype=torch.float32, device=a.device)
-    _decay_backward[(programs,)](
+    launch(_decay_backward, (programs,))(
         dg, dbeta, a, b, rate, shift, padding, da, db, parts, a.shape[0] * a.shape[1],
         a.stride(1), b.stride(1), **sizes,
     )  # fmt: skip
@@ -244,7 +245,8 @@ def norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """rms_norm(x) * weight * silu(gate) over the last dimension, in gate's dtype."""
     out = torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
     rows, sizes = x.numel() // x.shape[-1], _tile(x.shape[-1])
-    _norm_forward[(triton.cdiv(rows, sizes["ROWS"]),)](x, gate, weight, out, rows, eps, **sizes)
+    grid = (triton.cdiv(rows, sizes["ROWS"]),)
+    launch(_norm_forward, grid)(x, gate, weight, out, rows, eps, **sizes)
     return out
 
 
@@ -257,7 +259,7 @@ def norm_backward(
     tiles = triton.cdiv(rows, sizes["ROWS"])
     programs = min(tiles, multiprocessors(x.device) * _PROGRAMS_PER_SM)
     parts = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
-    _norm_backward[(programs,)](
+    launch(_norm_backward, (programs,))(
         dout, x, gate, weight, dx, dgate, parts, rows, tiles, eps, **sizes
     )  # fmt: skip
     return dx, dgate, parts.sum(0).to(weight.dtype)
@@ -267,7 +269,8 @@ def sigmoid_forward(x: Tensor, gate: Tensor, rounded: bool) -> Tensor:
     """x * sigmoid(gate), for x (..., D) and gate alike or (..., 1); all contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, sizes = x.numel() // x.shape[-1], _tile(x.shape[-1])
-    _sigmoid_forward[(triton.cdiv(rows, sizes["ROWS"]),)](
+    grid = (triton.cdiv(rows, sizes["ROWS"]),)
+    launch(_sigmoid_forward, grid)(
         x, gate, out, rows, **sizes, ROUND=rounded, HEADWISE=gate.shape != x.shape
     )
     return out
@@ -277,7 +280,8 @@ def sigmoid_backward(dout: Tensor, x: Tensor, gate: Tensor, rounded: bool) -> tu
     """The gradients of x and gate."""
     dx, dgate = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (x, gate))
     rows, sizes = x.numel() // x.shape[-1], _tile(x.shape[-1])
-    _sigmoid_backward[(triton.cdiv(rows, sizes["ROWS"]),)](
+    grid = (triton.cdiv(rows, sizes["ROWS"]),)
+    launch(_sigmoid_backward, grid)(
         dout, x, gate, dx, dgate, rows, **sizes, ROUND=rounded, HEADWISE=gate.shape != x.shape
     )
     return dx, dgate

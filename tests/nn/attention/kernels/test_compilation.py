@@ -1,0 +1,235 @@
+"""What the gated delta net's kernels compile to on GPUs that are not here, and how often.
+
+Triton compiles for any GPU; only a launch needs one. So a driver that names a GPU is all it takes.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from olmo_core.nn.attention.kernels import launch, triton_driver
+from olmo_core.nn.attention.kernels.gated_delta_rule import blocks, triton_rule
+from olmo_core.nn.attention.kernels.launch import only_compiling
+
+pytestmark = pytest.mark.skipif(
+    triton_driver.INTERPRETED or find_spec("triton") is None or torch.cuda.is_available(),
+    reason="the interpreter compiles nothing, and a GPU that is here is asked itself",
+)
+KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Shared memory that a program may have, by compute capability."""
+
+
+class Driver:
+    """All that Triton asks of a driver while it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
+    from triton.runtime import driver
+
+    capability: int = request.param
+    monkeypatch.setattr(triton_driver, "_shared_memory_kib", lambda device: KIB[capability])
+    monkeypatch.setattr(driver, "_active", Driver(capability))
+    return capability
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every kernel that a launch compiles, with its name."""
+    kernels = []
+
+    def launched(kernel: Any, grid: tuple[int, ...]) -> Any:
+        def compile_(*args: Any, **options: Any) -> None:
+            kernels.append((kernel.fn.__name__, kernel.warmup(*args, grid=grid, **options)))
+
+        return compile_
+
+    from olmo_core.nn.attention.kernels.convolution import triton_walk
+    from olmo_core.nn.attention.kernels.gated_delta_rule import (
+        triton_backward,
+        triton_forward,
+        triton_shared,
+        triton_step,
+    )
+    from olmo_core.nn.attention.kernels.gates import triton_gates
+
+    modules = triton_backward, triton_forward, triton_shared, triton_step
+    for module in (*modules, triton_gates, triton_walk):
+        monkeypatch.setattr(module, "launch", launched)
+    return kernels
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def run_rule(
+    batch: int = 2, tokens: int = 1000, heads: int = 2, group: int = 1, key_dim: int = 128,
+    value_dim: int = 256, documents: bool = False,
+) -> None:  # fmt: skip
+    """Forward and backward of the rule: what it would launch."""
+    values = heads * group
+    q, k, v = (empty(batch, tokens, heads, key_dim) for _ in range(3))
+    v = empty(batch, tokens, values, value_dim)
+    g, beta = (empty(batch, tokens, values, dtype=torch.float32) for _ in range(2))
+    cu = empty(5, dtype=torch.int32) if documents else None
+    options: dict[str, Any] = {"scale": 0.1, "normalize_qk": True}
+    if documents:
+        q, k, v, g, beta = (x.flatten(0, 1)[None] for x in (q, k, v, g, beta))
+    _, _, saved = triton_rule.triton_forward(q, k, v, g, beta, None, cu, **options, save=True)
+    assert saved is not None
+    dout = torch.empty_like(v)
+    triton_rule.triton_backward(dout, None, q, k, v, g, beta, saved, cu, **options)
+
+
+def run_around(batch: int = 2, tokens: int = 1000, documents: bool = False) -> None:
+    """Convolution, gates, gated norm and decoding step."""
+    from olmo_core.nn.attention.kernels.convolution import triton_walk
+    from olmo_core.nn.attention.kernels.gated_delta_rule import triton_step
+    from olmo_core.nn.attention.kernels.gates import triton_gates
+
+    widths = (256, 256, 512)
+    xs = [empty(batch, tokens, width) for width in widths]
+    seen = empty(tokens, dtype=torch.int32) if documents else None
+    convolution = [empty(width, 1, 4) for width in widths], [None] * 3, [None] * 3, seen, True
+    triton_walk.launch_forward(xs, *convolution)
+    triton_walk.launch_backward(xs, xs, *convolution)
+    a, x = empty(batch, tokens, 4), empty(batch, tokens, 4, 256)
+    wide = empty(batch, tokens, 4, dtype=torch.float32)
+    rate, weight = (empty(n, dtype=torch.float32) for n in (4, 256))
+    triton_gates.decay_forward(a, a, rate, rate, None, True)
+    triton_gates.decay_backward(wide, wide, a, a, rate, rate, None, True)
+    triton_gates.norm_forward(x, x, weight, 1e-5)
+    triton_gates.norm_backward(x, x, x, weight, 1e-5)
+    triton_gates.sigmoid_forward(x, x, True)
+    triton_gates.sigmoid_backward(x, x, x, True)
+    q, v = empty(batch, 2, 128), empty(batch, 4, 256)
+    gate = empty(batch, 4, dtype=torch.float32)
+    state = empty(batch, 4, 128, 256, dtype=torch.float32)
+    triton_step.launch_step(q, q, v, gate, gate, state, 0.1, True)
+
+
+def check_memory(gpu: int, compiled: list[Any]) -> None:
+    taken = {name: kernel.metadata.shared for name, kernel in compiled}
+    assert all(kernel.asm["cubin"] for _, kernel in compiled)
+    assert max(taken.values()) <= KIB[gpu] << 10, taken
+
+
+@pytest.mark.parametrize("gpu", [89, 100], indirect=True)
+def test_the_rule_fits(gpu: int, compiled: list[Any]) -> None:
+    """The least shared memory, and the compiler whose passes are its own."""
+    run_rule()
+    assert {name for name, _ in compiled} == {"_factors", "_prepare", "_scan", "_gradients"}
+    check_memory(gpu, compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", list(KIB), indirect=True)
+def test_all_kernels_fit(gpu: int, compiled: list[Any]) -> None:
+    run_around()
+    run_rule()
+    run_rule(key_dim=64, value_dim=64, documents=True)
+    run_rule(key_dim=256, value_dim=256)
+    run_rule(key_dim=96, value_dim=80, group=2)
+    assert "_finish" in {name for name, _ in compiled} and "_step" in dict(compiled)
+    check_memory(gpu, compiled)
+
+
+def test_each_gpu_has_blocks() -> None:
+    assert min(KIB.values()) == blocks.LEAST_SHARED_KIB
+    for row in blocks.SCANS:
+        assert row.keys <= 256 and row.shared_kib in KIB.values()
+
+
+class Counter:
+    """Which kernels are asked for, by all that they are compiled for. Nothing is compiled."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton import knobs
+
+        self.keys: set[tuple[str, str]] = set()
+        monkeypatch.setattr(knobs.runtime, "jit_cache_hook", self)
+
+    def __call__(self, **found: Any) -> bool:
+        self.keys.add((found["fn"].name, found["key"]))
+        return True
+
+
+@pytest.mark.parametrize("gpu", [90], indirect=True)
+@pytest.mark.parametrize("documents", [False, True])
+def test_other_lengths_and_documents_compile_nothing_anew(
+    gpu: int, documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = Counter(monkeypatch)
+    with only_compiling():
+        for batch, tokens in ((1, 100), (2, 8192), (1, 1), (2, 333), (3, 64), (1, 1000)):
+            run_rule(batch, tokens, documents=documents)
+            run_around(1 if documents else batch, tokens, documents)
+            expected = 5 + 9
+            assert len(counter.keys) == expected, (batch, tokens)
+        run_rule(key_dim=64)
+        assert len(counter.keys) > expected
+
+
+@pytest.mark.parametrize("gpu", [90], indirect=True)
+def test_what_is_compiled_ahead_is_what_is_launched(
+    gpu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rehearsed on shapes alone, each kernel has the key that its launch asks for."""
+    counter = Counter(monkeypatch)
+    started: list[Any] = []
+    monkeypatch.setattr(
+        triton_rule, "compile_ahead", lambda key, device, call: started.append(call)
+    )
+    with only_compiling():
+        q = empty(2, 100, 2, 64)
+        gates = [empty(2, 100, 2, dtype=torch.float32) for _ in range(2)]
+        grid = triton_rule._grid(q, q)
+        triton_rule._compile_ahead(grid, (q, q, q, *gates), None, None, 0.1, True, True)
+        assert len(started) == 2
+        for call in started:
+            call()
+        rehearsed = set(counter.keys)
+        assert len(rehearsed) == 5
+        run_rule(key_dim=64, value_dim=64)
+        assert counter.keys == rehearsed
+
+
+def test_a_class_is_compiled_once_and_errors_are_left_to_the_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, calls = torch.device("cuda", 0), []
+    monkeypatch.setattr(launch, "_started", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: only_compiling())
+
+    def call(fail: bool) -> None:
+        calls.append(fail)
+        if fail:
+            raise RuntimeError("out of shared memory")
+
+    for key in ("one", "two", "one"):
+        launch.compile_ahead(key, device, lambda key=key: call(key == "two"))
+    for key in ("one", "two", "never started"):
+        launch.await_compiled(key, device)
+    assert sorted(calls) == [False, True]
+    launch.compile_ahead("three", torch.device("cpu"), lambda: call(True))
+    assert len(calls) == 2
