@@ -18,7 +18,7 @@ from olmo_core.nn.attention.base import SequenceMixer
 from olmo_core.nn.attention.gated_delta_net.cache import RecurrentCache
 from olmo_core.nn.attention.gated_delta_net.shard import check_value_heads, mix_shard
 from olmo_core.nn.attention.gated_delta_net.sizes import GatedDeltaNetSizes
-from olmo_core.nn.attention.gated_delta_net.step import advance
+from olmo_core.nn.attention.gated_delta_net.step import advance, advance_token
 from olmo_core.nn.attention.inputs import check_names, read_call
 from olmo_core.nn.attention.kernels.gated_delta_rule.rules import Rule, choose_rule
 from olmo_core.nn.attention.kernels.gates import decay_gates, gated_rms_norm
@@ -201,25 +201,33 @@ class GatedDeltaNet(SequenceMixer):
         linears = (self.w_q, self.w_k, self.w_v, self.w_a, self.w_b, self.w_g)
         *projected, a, b, gate = project(linears, x)
         A_log, dt_bias = local(self.A_log), local(self.dt_bias)
-        g, beta = decay_gates(a, b, A_log, dt_bias, padding, double=self.allow_neg_eigval)
-        if context is not None and shard is not None:
-            out = mix_shard(
-                context, shard, projected, g, beta, sizes=self._own_sizes(self.tensor_parallel),
-                convolutions=self._convolutions, choose_rule=self.choose_rule,
+        cache, out = self.kv_cache_manager, None
+        if cache is not None:
+            out = advance_token(
+                cache, projected, a, b, A_log, dt_bias, convolutions=self._convolutions,
+                head_dims=(self.head_k_dim, self.head_v_dim), double=self.allow_neg_eigval,
+                padding=padding, leftpad=call.cache_leftpad,
             )  # fmt: skip
-        elif self.kv_cache_manager is None:
-            q, k, v = self._convolve(projected, cu_doc_lens)
-            rule = self.choose_rule(q, v).run
-            out, _ = rule(
-                q, k, v, g, beta, cu_doc_lens=cu_doc_lens, normalize_qk=True, checked=True
-            )
-        else:
-            cache = self.kv_cache_manager
-            q, k, v = self._convolve(projected, None, cache.past_conv_inputs())
-            out = advance(
-                cache, torch.cat(projected, -1), q, k, v, g, beta,
-                choose_rule=self.choose_rule, leftpad=call.cache_leftpad,
-            )  # fmt: skip
+        if out is None:
+            g, beta = decay_gates(a, b, A_log, dt_bias, padding, double=self.allow_neg_eigval)
+            if context is not None and shard is not None:
+                sizes = self._own_sizes(self.tensor_parallel)
+                out = mix_shard(
+                    context, shard, projected, g, beta, sizes=sizes,
+                    convolutions=self._convolutions, choose_rule=self.choose_rule,
+                )  # fmt: skip
+            elif cache is None:
+                q, k, v = self._convolve(projected, cu_doc_lens)
+                rule = self.choose_rule(q, v).run
+                out, _ = rule(
+                    q, k, v, g, beta, cu_doc_lens=cu_doc_lens, normalize_qk=True, checked=True
+                )
+            else:
+                q, k, v = self._convolve(projected, None, cache.past_conv_inputs())
+                out = advance(
+                    cache, torch.cat(projected, -1), q, k, v, g, beta,
+                    choose_rule=self.choose_rule, leftpad=call.cache_leftpad,
+                )  # fmt: skip
         y = apply_linear(self.w_out, self._gated_norm(out, gate))
         if context is not None and shard is not None:
             y = from_contiguous(y, context, shard)

@@ -14,11 +14,19 @@ from olmo_core.nn.dispatch import on_its_device
 
 from .chunks import QK_NORM_EPS
 
-__all__ = ["STEPS", "choose_step", "gated_delta_rule_step_", "normalize"]
+__all__ = [
+    "DTYPES",
+    "MOST_KEYS",
+    "MOST_ROWS",
+    "STEPS",
+    "choose_step",
+    "gated_delta_rule_step_",
+    "normalize",
+]
 
-_MOST_ROWS = 65535  # programs along a grid's second dimension
-_MOST_KEYS = 512  # a state's rows that a program holds in registers
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_ROWS = 65535  # programs along a grid's second dimension
+MOST_KEYS = 512  # a state's rows that a program holds in registers
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @torch.no_grad()
@@ -61,13 +69,13 @@ def _refusal(q: Tensor, v: Tensor, state: Tensor) -> str | None:
         return "a compiler traces and fuses the plain form"
     if (reason := triton_refusal(q)) is not None:
         return reason
-    if state.dtype != torch.float32 or q.dtype not in _DTYPES or v.dtype not in _DTYPES:
+    if state.dtype != torch.float32 or q.dtype not in DTYPES or v.dtype not in DTYPES:
         return f"the kernel computes in float32 and takes no {q.dtype} with {state.dtype}"
     if not state.is_contiguous() or not state.numel():
         return f"the kernel takes a contiguous state that is not empty, not {tuple(state.shape)}"
-    if state.shape[2] > _MOST_KEYS or state.shape[0] * state.shape[1] > _MOST_ROWS:
+    if state.shape[2] > MOST_KEYS or state.shape[0] * state.shape[1] > MOST_ROWS:
         return (
-            f"the kernel takes at most {_MOST_KEYS} keys and {_MOST_ROWS} rows x heads, not "
+            f"the kernel takes at most {MOST_KEYS} keys and {MOST_ROWS} rows x heads, not "
             f"{tuple(state.shape)}"
         )
     return None
@@ -81,7 +89,9 @@ def _triton_step(
     from .triton_step import launch_step
 
     q, k, v = rows(q, k, v)
-    return launch_step(q, k, v, g, beta, state, scale, normalize_qk)
+    out, update = launch_step(q, k, v, g, beta, state, scale, normalize_qk)
+    assert update is not None
+    return out, update
 
 
 def _torch_step(

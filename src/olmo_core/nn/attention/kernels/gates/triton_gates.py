@@ -21,8 +21,10 @@ __all__ = [
     "decay_forward",
     "norm_backward",
     "norm_forward",
+    "sigmoid",
     "sigmoid_backward",
     "sigmoid_forward",
+    "softplus",
 ]
 
 _TILE = 2048  # elements of a program's tile, of which each thread of four warps has 16
@@ -30,12 +32,12 @@ _PROGRAMS_PER_SM = 8
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def _softplus(x):
+def softplus(x):
     """log(1 + e^x) to float32's relative accuracy, also where it is tiny."""
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
@@ -57,14 +59,14 @@ def _decay_forward(
     b = tl.load(b_ptr + (at * b_stride)[:, None] + h[None, :], mask=keep, other=0.0).to(tl.float32)
     rate = tl.exp(tl.load(rate_ptr + h, mask=real, other=0.0).to(tl.float32))
     shift = tl.load(shift_ptr + h, mask=real, other=0.0).to(tl.float32)
-    beta = _sigmoid(b)
+    beta = sigmoid(b)
     if DOUBLE:
         beta *= 2.0
     if padding_ptr is not None:
         padded = tl.load(padding_ptr + t, mask=live, other=0) != 0
         beta = tl.where(padded[:, None], 0.0, beta)
     out = (at * HEADS)[:, None] + h[None, :]
-    tl.store(g_ptr + out, -rate[None, :] * _softplus(a + shift[None, :]), mask=keep)
+    tl.store(g_ptr + out, -rate[None, :] * softplus(a + shift[None, :]), mask=keep)
     tl.store(beta_ptr + out, beta, mask=keep)
 
 
@@ -92,12 +94,12 @@ def _decay_backward(
         padded = tl.load(padding_ptr + t, mask=live, other=0) != 0
         dbeta = tl.where(padded[:, None], 0.0, dbeta)
     a += shift[None, :]
-    da = dg * _sigmoid(a)
-    beta = _sigmoid(b)
+    da = dg * sigmoid(a)
+    beta = sigmoid(b)
     db = dbeta * beta * (1.0 - beta)
     tl.store(da_ptr + out, da.to(da_ptr.dtype.element_ty), mask=keep)
     tl.store(db_ptr + out, db.to(db_ptr.dtype.element_ty), mask=keep)
-    drate = tl.where(keep, dg * _softplus(a), 0.0)
+    drate = tl.where(keep, dg * softplus(a), 0.0)
     part = parts_ptr + tl.program_id(0) * (2 * HEADS) + h
     tl.store(part, tl.sum(drate, axis=0), mask=real)
     tl.store(part + HEADS, tl.sum(tl.where(keep, da, 0.0), axis=0), mask=real)
@@ -116,7 +118,7 @@ def _norm_forward(
     gate = tl.load(gate_ptr + at, mask=keep, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + c, mask=c < WIDTH, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / WIDTH + eps)
-    out = x * scale[:, None] * weight[None, :] * (gate * _sigmoid(gate))
+    out = x * scale[:, None] * weight[None, :] * (gate * sigmoid(gate))
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=keep)
 
 
@@ -137,7 +139,7 @@ def _norm_backward(
         gate = tl.load(gate_ptr + at, mask=keep, other=0.0).to(tl.float32)
         dout = tl.load(dout_ptr + at, mask=keep, other=0.0).to(tl.float32)
         scale = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / WIDTH + eps))[:, None]
-        open_ = _sigmoid(gate)
+        open_ = sigmoid(gate)
         normal = x * scale
         dgate = dout * normal * weight * open_ * (1.0 + gate * (1.0 - open_))
         tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=keep)
@@ -157,7 +159,7 @@ def _open(gate_ptr, at, r, rows, keep, ROUND: tl.constexpr, HEADWISE: tl.constex
     else:
         gate = tl.load(gate_ptr + at, mask=keep, other=0.0)
     low = gate_ptr.dtype.element_ty
-    open_ = _sigmoid(gate.to(tl.float32))
+    open_ = sigmoid(gate.to(tl.float32))
     return open_.to(low).to(tl.float32) if ROUND else open_
 
 
