@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from olmo_core.nn.attention.gated_delta_net import GatedDeltaNet
 from olmo_core.nn.attention.gated_delta_net.cache import RecurrentCache, replay
+from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
 
 D_MODEL = 16
 TOKENS = 50
@@ -205,6 +208,92 @@ def test_a_compiled_step_neither_breaks_nor_recompiles() -> None:
         outs.append(step(x[:, t : t + 1]))
     torch.testing.assert_close(torch.cat(outs, 1), want[:, 10:], rtol=0, atol=1e-12)
     assert len(graphs) == 1
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOW = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+needs_kernels = pytest.mark.skipif(
+    (reason := triton_refusal(torch.empty(1, device=DEVICE))) is not None, reason=str(reason)
+)
+
+
+class Launches(list[str]):
+    """The names of the kernels that are launched for tokens, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from olmo_core.nn.attention.kernels.convolution import triton_walk
+        from olmo_core.nn.attention.kernels.gated_delta_rule import triton_step, triton_token
+        from olmo_core.nn.attention.kernels.gates import triton_gates
+
+        def launched(kernel: Any, grid: tuple[int, ...]) -> Any:
+            self.append(kernel.fn.__name__)
+            return kernel[grid]
+
+        for module in (triton_walk, triton_step, triton_token, triton_gates):
+            monkeypatch.setattr(module, "launch", launched)
+
+
+@needs_kernels
+@pytest.mark.triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize(("conv_size", "conv_bias"), [(4, True), (1, False), (2, False)])
+def test_a_token_takes_three_launches(
+    dtype: torch.dtype, conv_size: int, conv_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cached = full, with left padding that ends after the prompt, and the state as it would be."""
+    layer = build(dtype, conv_size=conv_size, conv_bias=conv_bias, head_dim=24).to(DEVICE)
+    x = torch.randn(3, 16, D_MODEL, device=DEVICE, dtype=dtype)
+    leftpad = torch.tensor([0, 3, 9], dtype=torch.int32, device=DEVICE)
+    layer.init_kv_cache_manager(3, 16)
+    outs = [layer(x[:, :7], cache_leftpad=leftpad)]
+    launches = Launches(monkeypatch)
+    for t in range(7, 16):
+        launches.clear()
+        outs.append(layer(x[:, t : t + 1]))
+        assert launches == ["_convolve_token", "_step", "_norm_forward"]
+    got, state = torch.cat(outs, 1), cache_of(layer).state.clone()
+    history = cache_of(layer).conv_inputs.clone()
+    layer.init_kv_cache_manager(3, 16)
+    whole = layer(x, cache_leftpad=leftpad)
+    layer.kv_cache_manager, layer = None, layer.double()
+    bound = 4 * torch.finfo(dtype).eps
+    for row, pad in enumerate(leftpad.tolist()):
+        assert not got[row, :pad].any()
+        want = layer(x[row : row + 1, pad:].double())[0]
+        error = (got[row, pad:].double() - want).norm() / want.norm()
+        assert error <= max(bound, 2 * (whole[row, pad:].double() - want).norm() / want.norm())
+    layer.init_kv_cache_manager(3, 16)
+    layer(x.double(), cache_leftpad=leftpad)
+    for mine, true in ((state, cache_of(layer).state), (history, cache_of(layer).conv_inputs)):
+        assert (mine.double() - true).norm() <= bound * true.norm()
+
+
+@needs_kernels
+@pytest.mark.triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_what_the_tokens_kernels_leave_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = build(torch.float32).to(DEVICE)
+    x = torch.randn(2, 6, D_MODEL, device=DEVICE)
+    want = layer(x)
+
+    def check() -> None:
+        launches = Launches(monkeypatch)
+        outs = [layer(x[:, t : t + 1]) for t in range(6)]
+        torch.testing.assert_close(torch.cat(outs, 1), want, rtol=1e-5, atol=1e-5)
+        assert "_convolve_token" not in launches
+
+    layer.init_kv_cache_manager(2, 8, max_rollback=1)
+    check()
+    layer.init_kv_cache_manager(2, 8)
+    seen: list[Tensor] = []
+    with layer.q_conv1d.register_forward_hook(lambda module, args, out: seen.append(out)):
+        check()
+    assert len(seen) == 6
+    layer.init_kv_cache_manager(2, 8)
+    cache_of(layer).state = cache_of(layer).state[:, :, :2]
+    with pytest.raises(ValueError, match="cache was built for a state"):
+        layer(x[:, :1])
 
 
 def test_replay_is_the_recurrence() -> None:

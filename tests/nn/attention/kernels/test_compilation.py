@@ -69,10 +69,11 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         triton_forward,
         triton_shared,
         triton_step,
+        triton_token,
     )
     from olmo_core.nn.attention.kernels.gates import triton_gates
 
-    modules = triton_backward, triton_forward, triton_shared, triton_step
+    modules = triton_backward, triton_forward, triton_shared, triton_step, triton_token
     for module in (*modules, triton_gates, triton_walk):
         monkeypatch.setattr(module, "launch", launched)
     return kernels
@@ -102,9 +103,9 @@ def run_rule(
 
 
 def run_around(batch: int = 2, tokens: int = 1000, documents: bool = False) -> None:
-    """Convolution, gates, gated norm and decoding step."""
+    """Convolution, gates, gated norm and a decoding token."""
     from olmo_core.nn.attention.kernels.convolution import triton_walk
-    from olmo_core.nn.attention.kernels.gated_delta_rule import triton_step
+    from olmo_core.nn.attention.kernels.gated_delta_rule import triton_step, triton_token
     from olmo_core.nn.attention.kernels.gates import triton_gates
 
     widths = (256, 256, 512)
@@ -126,6 +127,10 @@ def run_around(batch: int = 2, tokens: int = 1000, documents: bool = False) -> N
     gate = empty(batch, 4, dtype=torch.float32)
     state = empty(batch, 4, 128, 256, dtype=torch.float32)
     triton_step.launch_step(q, q, v, gate, gate, state, 0.1, True)
+    gates = rate, rate, None, True
+    triton_step.launch_step(q, q, v, a[:, 0], a[:, 0], state, 0.1, True, gates)
+    history = empty(batch, 3, sum(widths))
+    triton_token.launch_convolution([y[:, 0] for y in xs], *convolution[:2], history, True)
 
 
 def check_memory(gpu: int, compiled: list[Any]) -> None:
@@ -184,7 +189,7 @@ def test_other_lengths_and_documents_compile_nothing_anew(
         for batch, tokens in ((1, 100), (2, 8192), (1, 1), (2, 333), (3, 64), (1, 1000)):
             run_rule(batch, tokens, documents=documents)
             run_around(1 if documents else batch, tokens, documents)
-            expected = 5 + 9
+            expected = 5 + 11
             assert len(counter.keys) == expected, (batch, tokens)
         run_rule(key_dim=64)
         assert len(counter.keys) > expected

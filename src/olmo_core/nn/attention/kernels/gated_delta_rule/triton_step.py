@@ -23,7 +23,8 @@ _BLOCK_V = 32  # 128 bytes of float32
 _WARPS = 4
 
 
-@triton.jit
+# Strides of what is loaded one by one: other ones compile nothing anew.
+@triton.jit(do_not_specialize=["g_stride_b", "g_stride_h", "beta_stride_b", "beta_stride_h"])
 def _step(
     q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, rate_ptr, shift_ptr, padding_ptr, state_ptr, out_ptr,
     update_ptr, scale, eps,
