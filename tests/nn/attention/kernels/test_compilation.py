@@ -114,11 +114,13 @@ def run_around(batch: int = 2, tokens: int = 1000, documents: bool = False) -> N
     convolution = [empty(width, 1, 4) for width in widths], [None] * 3, [None] * 3, seen, True
     triton_walk.launch_forward(xs, *convolution)
     triton_walk.launch_backward(xs, xs, *convolution)
-    a, x = empty(batch, tokens, 4), empty(batch, tokens, 4, 256)
+    # Slices of one product, of which a single token's need no copy, and so may lie anywhere.
+    a, b = empty(batch, tokens, 4), empty(batch, tokens, 8)[..., 4 if tokens == 1 else 0 :][..., :4]
+    x = empty(batch, tokens, 4, 256)
     wide = empty(batch, tokens, 4, dtype=torch.float32)
     rate, weight = (empty(n, dtype=torch.float32) for n in (4, 256))
-    triton_gates.decay_forward(a, a, rate, rate, None, True)
-    triton_gates.decay_backward(wide, wide, a, a, rate, rate, None, True)
+    triton_gates.decay_forward(a, b, rate, rate, None, True)
+    triton_gates.decay_backward(wide, wide, a, b, rate, rate, None, True)
     triton_gates.norm_forward(x, x, weight, 1e-5)
     triton_gates.norm_backward(x, x, x, weight, 1e-5)
     triton_gates.sigmoid_forward(x, x, True)
@@ -128,7 +130,7 @@ def run_around(batch: int = 2, tokens: int = 1000, documents: bool = False) -> N
     state = empty(batch, 4, 128, 256, dtype=torch.float32)
     triton_step.launch_step(q, q, v, gate, gate, state, 0.1, True)
     gates = rate, rate, None, True
-    triton_step.launch_step(q, q, v, a[:, 0], a[:, 0], state, 0.1, True, gates)
+    triton_step.launch_step(q, q, v, a[:, 0], b[:, 0], state, 0.1, True, gates)
     history = empty(batch, 3, sum(widths))
     triton_token.launch_convolution([y[:, 0] for y in xs], *convolution[:2], history, True)
 

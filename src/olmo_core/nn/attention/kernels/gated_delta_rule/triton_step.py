@@ -23,8 +23,11 @@ _BLOCK_V = 32  # 128 bytes of float32
 _WARPS = 4
 
 
-# Strides of what is loaded one by one: other ones compile nothing anew.
-@triton.jit(do_not_specialize=["g_stride_b", "g_stride_h", "beta_stride_b", "beta_stride_h"])
+# What is loaded one by one compiles nothing anew, wherever it lies.
+@triton.jit(
+    do_not_specialize=["g_stride_b", "g_stride_h", "beta_stride_b", "beta_stride_h"],
+    do_not_specialize_on_alignment=["g_ptr", "beta_ptr"],
+)
 def _step(
     q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, rate_ptr, shift_ptr, padding_ptr, state_ptr, out_ptr,
     update_ptr, scale, eps,

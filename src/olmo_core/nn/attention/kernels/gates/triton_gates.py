@@ -45,7 +45,8 @@ def softplus(x):
     return tl.maximum(x, 0.0) + log1p
 
 
-@triton.jit(do_not_specialize=["tokens"])
+# a and b are slices of one product, which may begin anywhere: where, compiles nothing anew.
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["a_ptr", "b_ptr"])
 def _decay_forward(
     a_ptr, b_ptr, rate_ptr, shift_ptr, padding_ptr, g_ptr, beta_ptr, tokens, a_stride, b_stride,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, ROWS: tl.constexpr, DOUBLE: tl.constexpr,
@@ -70,7 +71,7 @@ def _decay_forward(
     tl.store(beta_ptr + out, beta, mask=keep)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["a_ptr", "b_ptr"])
 def _decay_backward(
     dg_ptr, dbeta_ptr, a_ptr, b_ptr, rate_ptr, shift_ptr, padding_ptr, da_ptr, db_ptr, parts_ptr,
     tokens, a_stride, b_stride,
