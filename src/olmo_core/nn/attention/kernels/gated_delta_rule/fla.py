@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from .op import gated_delta_rule
+from .probe import BOUND, Problem, relative_error
 
 __all__ = ["fla_gated_delta_rule", "fla_usable"]
-
-# Twice what bfloat16 rounding of inputs, states and results leaves on the probe's problem.
-_PROBE_BOUND = 3e-2
 
 
 def fla_gated_delta_rule(
@@ -114,27 +112,18 @@ def _probed(device: str, group: int) -> tuple[bool, str]:
     except Exception as e:  # whatever a library does wrong is the answer
         lines = str(e).strip().splitlines() or [""]
         return False, f"fla's probe failed: {type(e).__name__}: {lines[0][:200]}"
-    if not error <= _PROBE_BOUND:
-        return False, f"fla's probe is off by {error:.1e}, more than {_PROBE_BOUND:.0e}"
+    if not error <= BOUND:
+        return False, f"fla's probe is off by {error:.1e}, more than {BOUND:.0e}"
     return True, f"fla's probe agrees with torch to {error:.1e}, forward and backward"
 
 
 def _measure(device: str, group: int) -> float:
     """The largest relative error of outputs and gradients on a problem with two documents."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    tokens, heads, dim = 150, 2, 64
-    halves = [randn(1, tokens, h, dim).bfloat16() for h in (heads, heads, heads * group)]
-    gates = [-randn(1, tokens, heads * group).abs(), randn(1, tokens, heads * group).sigmoid()]
-    cu = torch.tensor([0, 70, tokens], dtype=torch.int32, device=device)
-    cotangent = randn(1, tokens, heads * group, dim).bfloat16()
+    problem = Problem(torch.device(device), torch.bfloat16, 64, 64, group)
+    inputs, cu, cotangent = problem.inputs()
     results = []
     for rule in (fla_gated_delta_rule, gated_delta_rule):
-        leaves = [x.clone().requires_grad_() for x in (*halves, *gates)]
+        leaves = [x.clone().requires_grad_() for x in inputs]
         out, _ = rule(*leaves, cu_doc_lens=cu, normalize_qk=True)
-        results.append((out, *torch.autograd.grad(out, leaves, cotangent)))
-    pairs = [(a.double(), b.double()) for a, b in zip(*results, strict=True)]
-    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+        results.append([out, *torch.autograd.grad(out, leaves, cotangent)])
+    return relative_error(*results)

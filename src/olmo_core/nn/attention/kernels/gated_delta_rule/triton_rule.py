@@ -28,6 +28,7 @@ from .probe import Problem, try_kernels
 from .torch_forward import Saved
 
 __all__ = [
+    "probe_answer",
     "probed",
     "saved_like",
     "triton_backward",
@@ -77,9 +78,18 @@ def _device_reason(q: Tensor, v: Tensor) -> str | None:
             f"the kernels need compute capability 8.0 and {LEAST_SHARED_KIB} KiB of shared memory, "
             f"{gpu} has {major}.{minor} and {shared}"
         )
-    problem = Problem(gpu, q.dtype, q.shape[3], v.shape[3], v.shape[2] // q.shape[2])
-    works, answer = probed(problem)
+    works, answer = probed(_problem(q, v))
     return None if works else answer
+
+
+def _problem(q: Tensor, v: Tensor) -> Problem:
+    return Problem(q.device, q.dtype, q.shape[3], v.shape[3], v.shape[2] // q.shape[2])
+
+
+def probe_answer(q: Tensor, v: Tensor) -> str:
+    """What a probe said for inputs like these, if one was made: where the kernels are tested, and
+    in the interpreter, none is."""
+    return _PROBED.get(_problem(q, v), (True, ""))[1]
 
 
 def probed(problem: Problem) -> tuple[bool, str]:
