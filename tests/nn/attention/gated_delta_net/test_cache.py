@@ -236,34 +236,34 @@ class Launches(list[str]):
 @needs_kernels
 @pytest.mark.triton
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, LOW])
-@pytest.mark.parametrize(("conv_size", "conv_bias"), [(4, True), (1, False), (2, False)])
+@pytest.mark.parametrize(
+    ("dtype", "conv_size", "conv_bias"),
+    [(torch.float32, 4, True), (LOW, 2, False), (LOW, 1, False)],
+)
 def test_a_token_takes_three_launches(
     dtype: torch.dtype, conv_size: int, conv_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cached = full, with left padding that ends after the prompt, and the state as it would be."""
-    layer = build(dtype, conv_size=conv_size, conv_bias=conv_bias, head_dim=24).to(DEVICE)
-    x = torch.randn(3, 16, D_MODEL, device=DEVICE, dtype=dtype)
-    leftpad = torch.tensor([0, 3, 9], dtype=torch.int32, device=DEVICE)
-    layer.init_kv_cache_manager(3, 16)
-    outs = [layer(x[:, :7], cache_leftpad=leftpad)]
+    layer = build(dtype, conv_size=conv_size, conv_bias=conv_bias, head_dim=12).to(DEVICE)
+    x = torch.randn(2, 16, D_MODEL, device=DEVICE, dtype=dtype)
+    leftpad = torch.tensor([0, 13], dtype=torch.int32, device=DEVICE)
+    layer.init_kv_cache_manager(2, 16)
+    outs = [layer(x[:, :12], cache_leftpad=leftpad)]
     launches = Launches(monkeypatch)
-    for t in range(7, 16):
+    for t in range(12, 16):
         launches.clear()
         outs.append(layer(x[:, t : t + 1]))
         assert launches == ["_convolve_token", "_step", "_norm_forward"]
     got, state = torch.cat(outs, 1), cache_of(layer).state.clone()
     history = cache_of(layer).conv_inputs.clone()
-    layer.init_kv_cache_manager(3, 16)
-    whole = layer(x, cache_leftpad=leftpad)
     layer.kv_cache_manager, layer = None, layer.double()
     bound = 4 * torch.finfo(dtype).eps
     for row, pad in enumerate(leftpad.tolist()):
         assert not got[row, :pad].any()
         want = layer(x[row : row + 1, pad:].double())[0]
         error = (got[row, pad:].double() - want).norm() / want.norm()
-        assert error <= max(bound, 2 * (whole[row, pad:].double() - want).norm() / want.norm())
-    layer.init_kv_cache_manager(3, 16)
+        assert error <= bound
+    layer.init_kv_cache_manager(2, 16)
     layer(x.double(), cache_leftpad=leftpad)
     for mine, true in ((state, cache_of(layer).state), (history, cache_of(layer).conv_inputs)):
         assert (mine.double() - true).norm() <= bound * true.norm()
@@ -274,12 +274,12 @@ def test_a_token_takes_three_launches(
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 def test_what_the_tokens_kernels_leave_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = build(torch.float32).to(DEVICE)
-    x = torch.randn(2, 6, D_MODEL, device=DEVICE)
+    x = torch.randn(2, 3, D_MODEL, device=DEVICE)
     want = layer(x)
 
     def check() -> None:
         launches = Launches(monkeypatch)
-        outs = [layer(x[:, t : t + 1]) for t in range(6)]
+        outs = [layer(x[:, t : t + 1]) for t in range(3)]
         torch.testing.assert_close(torch.cat(outs, 1), want, rtol=1e-5, atol=1e-5)
         assert "_convolve_token" not in launches
 
@@ -289,7 +289,7 @@ def test_what_the_tokens_kernels_leave_to_others(monkeypatch: pytest.MonkeyPatch
     seen: list[Tensor] = []
     with layer.q_conv1d.register_forward_hook(lambda module, args, out: seen.append(out)):
         check()
-    assert len(seen) == 6
+    assert len(seen) == 3
     layer.init_kv_cache_manager(2, 8)
     cache_of(layer).state = cache_of(layer).state[:, :, :2]
     with pytest.raises(ValueError, match="cache was built for a state"):

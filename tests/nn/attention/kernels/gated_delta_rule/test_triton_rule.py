@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
 # On a GPU each example may compile ten kernels, half a minute.
-few = settings(max_examples=3 if DEVICE == "cuda" else 8, phases=[Phase.explicit, Phase.generate])
+few = settings(max_examples=3 if DEVICE == "cuda" else 5, phases=[Phase.explicit, Phase.generate])
 
 
 def make(
@@ -121,7 +121,7 @@ def test_outputs_and_gradients(normalize_qk: bool, scale: float | None, **shape:
 @few
 @given(
     batch=st.integers(1, 2),
-    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=6),
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4),
     group=st.integers(1, 2),
 )
 def test_any_documents(batch: int, lengths: list[int], group: int) -> None:
@@ -151,7 +151,7 @@ def test_documents_split_the_scan(ends: list[int], monkeypatch: pytest.MonkeyPat
 
 
 @needs_kernels
-@pytest.mark.parametrize("key_dim", [128, 192, 256])
+@pytest.mark.parametrize("key_dim", [128, 192, pytest.param(256, marks=pytest.mark.slow)])
 def test_wide_keys(key_dim: int) -> None:
     check(make(tokens=70, group=2, key_dim=key_dim, value_dim=144))
 
@@ -159,7 +159,7 @@ def test_wide_keys(key_dim: int) -> None:
 @needs_kernels
 def test_documents_of_one_token() -> None:
     cu = torch.arange(71, device=DEVICE, dtype=torch.int32)
-    got = check(make(tokens=70, key_heads=2, group=4), cu_doc_lens=cu)
+    got = check(make(tokens=70, group=2), cu_doc_lens=cu)
     assert not got["dg"][:, 1:].any()  # nothing decays inside them
 
 
