@@ -245,6 +245,9 @@ def test_a_token_takes_three_launches(
 ) -> None:
     """Cached = full, with left padding that ends after the prompt, and the state as it would be."""
     layer = build(dtype, conv_size=conv_size, conv_bias=conv_bias, head_dim=12).to(DEVICE)
+    for conv in layer._convolutions:  # with a bias, padding would write to the state
+        if conv.bias is not None:
+            conv.bias.normal_()
     x = torch.randn(2, 16, D_MODEL, device=DEVICE, dtype=dtype)
     leftpad = torch.tensor([0, 13], dtype=torch.int32, device=DEVICE)
     layer.init_kv_cache_manager(2, 16)
