@@ -8,7 +8,10 @@ copy.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -144,11 +147,11 @@ def decoding(batch: int = 32) -> dict[str, float]:
 
     q, k, v = (randn(n).to(DTYPE) for n in (128, 128, 256))
     g, beta = -randn().abs(), randn().sigmoid()
-    steps = []
-    for _ in range(3):
-        state = randn(128, 256)
-        call = partial(gated_delta_rule_step_, q, k, v, g, beta, state, normalize_qk=True)
-        steps.append(captured(call))
+    states = [randn(128, 256) for _ in range(3)]  # a graph does not keep what it replays on
+    steps = [
+        captured(partial(gated_delta_rule_step_, q, k, v, g, beta, state, normalize_qk=True))
+        for state in states
+    ]
     size = 2 * 4 * batch * 16 * 128 * 256
     rule_ms = median_ms(steps)
     module: Any = build()
@@ -162,6 +165,35 @@ def decoding(batch: int = 32) -> dict[str, float]:
         "rule_tbs": round(size / rule_ms / 1e9, 3),
         "layer_ms": round(layer_ms, 4),
     }
+
+
+_FIRST_CALL = """
+import time, torch
+from benchmarks.gated_delta_net_gpu import D_MODEL, DTYPE, build
+module = build()
+x = torch.randn(2, 1024, D_MODEL, device="cuda", dtype=DTYPE).requires_grad_()
+(x @ x.mT).sum().backward()
+torch.cuda.synchronize()
+times = [time.perf_counter()]
+y = module(x)
+torch.cuda.synchronize()
+times.append(time.perf_counter())
+y.backward(torch.randn_like(y))
+torch.cuda.synchronize()
+times.append(time.perf_counter())
+print(times[1] - times[0], times[2] - times[1])
+"""
+
+
+def first_call() -> dict[str, float]:
+    """Seconds that a first forward and backward take, with nothing compiled and no cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = subprocess.run(
+            [sys.executable, "-c", _FIRST_CALL], env={**os.environ, "TRITON_CACHE_DIR": folder},
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+    forward, backward = map(float, out.split()[-2:])
+    return {"forward_s": round(forward, 2), "backward_s": round(backward, 2)}
 
 
 def profile(top: int = 40) -> str:
@@ -211,6 +243,7 @@ def main() -> None:
         "rule, B8 T2048 128/128": partial(rule, 8, 2048, 16, 16, 128, 128),
         "rule, 16 and 32 heads of 128": partial(rule, BATCH, TOKENS, 16, 32, 128, 128),
         "decoding, batch 32": decoding,
+        "first call": first_call,
         "profile": profile,
     }
     chosen = sys.argv[1:] or list(sections)

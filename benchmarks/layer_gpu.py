@@ -30,11 +30,17 @@ from benchmarks._gpu import (
     copy_tbs,
     gemm_tflops,
     median_ms,
+    paired_ms,
     peak_mib,
     require_cuda,
 )
 from olmo_core.config import DType
-from olmo_core.nn.attention import AttentionBackendName, AttentionConfig
+from olmo_core.nn.attention import (
+    AttentionBackendName,
+    AttentionConfig,
+    GateConfig,
+    GateGranularity,
+)
 from olmo_core.nn.layer_norm import LayerNormConfig, LayerNormType
 from olmo_core.nn.rope import RoPEConfig
 
@@ -154,6 +160,39 @@ def step(layer: Callable[[Tensor], Tensor]) -> dict[str, float]:
     return times
 
 
+def gate() -> dict[str, float]:
+    """What attention's gate adds to a layer's forward + backward, in ms: both of one run."""
+
+    def build(gate: GateConfig | None) -> nn.Module:
+        config = AttentionConfig(
+            n_heads=HEADS, n_kv_heads=KV_HEADS, bias=False, rope=RoPEConfig(), dtype=DType.bfloat16,
+            qk_norm=LayerNormConfig(name=LayerNormType.rms, bias=False), gate=gate,
+        )  # fmt: skip
+        return config.build(D_MODEL, layer_idx=0, n_layers=1, init_device="cuda")
+
+    inputs = [
+        torch.randn(BATCH, TOKENS, D_MODEL, device="cuda", dtype=DTYPE).requires_grad_()
+        for _ in range(2)
+    ]
+    dout = torch.randn_like(inputs[0])
+
+    def run(module: nn.Module, x: Tensor) -> None:
+        for leaf in (x, *module.parameters()):
+            leaf.grad = None
+        module(x).backward(dout)
+
+    plain, added = build(None), {}
+    for granularity in GateGranularity:
+        for full in (False, True):
+            gated = build(GateConfig(granularity=granularity, full_precision=full))
+            without, with_gate = paired_ms(
+                [partial(run, plain, x) for x in inputs], [partial(run, gated, x) for x in inputs]
+            )
+            name = f"{granularity}{'_float32' if full else ''}_ms"
+            added[name] = round(with_gate - without, 3)
+    return added
+
+
 def floor_ms(case: str, tflops: float, tbs: float) -> float:
     """Forward + backward: 3 x the projections, 3.5 x attention's forward (it recomputes scores)."""
     rows = BATCH * TOKENS
@@ -182,6 +221,7 @@ def main() -> None:
     report = Report("layer_gpu")
     tflops = report.section("gemm_tflops", lambda: round(gemm_tflops(), 1))
     tbs = report.section("copy_tbs", lambda: round(copy_tbs(), 3))
+    report.section("gate", gate)
     for case in CASES:
         floor = floor_ms(case, tflops, tbs)
         report.section(f"{case} floor_ms", partial(round, floor, 3))
