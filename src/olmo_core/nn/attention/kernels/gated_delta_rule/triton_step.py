@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.gates.triton_gates import sigmoid, softplus
 from olmo_core.nn.attention.kernels.launch import launch
+from olmo_core.nn.attention.kernels.triton_math import sigmoid, softplus
 
 from .chunks import QK_NORM_EPS
 

@@ -15,34 +15,19 @@ from torch import Tensor
 
 from olmo_core.nn.attention.kernels.launch import launch
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors
+from olmo_core.nn.attention.kernels.triton_math import sigmoid, softplus
 
 __all__ = [
     "decay_backward",
     "decay_forward",
     "norm_backward",
     "norm_forward",
-    "sigmoid",
     "sigmoid_backward",
     "sigmoid_forward",
-    "softplus",
 ]
 
 _TILE = 2048  # elements of a program's tile, of which each thread of four warps has 16
 _PROGRAMS_PER_SM = 8
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + e^x) to float32's relative accuracy, also where it is tiny."""
-    e = tl.exp(-tl.abs(x))
-    u = 1.0 + e
-    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.maximum(x, 0.0) + log1p
 
 
 # a and b are slices of one product, which may begin anywhere: where, compiles nothing anew.
