@@ -41,7 +41,12 @@ def test_agreement_and_each_way_to_be_wrong() -> None:
     def broken(*inputs: Any, **options: Any) -> Any:
         raise RuntimeError("out of resource: shared memory\nand more")
 
-    for forms in ((wrong_output,), (chunked_forward, wrong_gate), (nothing,)):
+    def no_gate(*inputs: Any, **options: Any) -> Any:
+        *grads, dbeta, dinitial = chunked_backward(*inputs, **options)
+        return *grads, dbeta * float("nan"), dinitial
+
+    bad = (wrong_output,), (chunked_forward, wrong_gate), (nothing,), (chunked_forward, no_gate)
+    for forms in bad:
         works, answer = tell(*forms)
         assert not works and "their probe is off by" in answer
     assert tell(broken) == (
