@@ -68,13 +68,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         triton_backward,
         triton_forward,
         triton_shared,
+        triton_span,
         triton_step,
         triton_token,
     )
     from olmo_core.nn.attention.kernels.gates import triton_gates
 
-    modules = triton_backward, triton_forward, triton_shared, triton_step, triton_token
-    for module in (*modules, triton_gates, triton_walk):
+    modules = triton_backward, triton_forward, triton_shared, triton_span, triton_step
+    for module in (*modules, triton_token, triton_gates, triton_walk):
         monkeypatch.setattr(module, "launch", launched)
     return kernels
 
@@ -135,6 +136,18 @@ def run_around(batch: int = 2, tokens: int = 1000, documents: bool = False) -> N
     triton_token.launch_convolution([y[:, 0] for y in xs], *convolution[:2], history, True)
 
 
+def run_span(key_dim: int, value_dim: int) -> None:
+    """The map of a shard's span."""
+    from olmo_core.nn.attention.kernels.gated_delta_rule import triton_span
+
+    q, v = empty(1, 1000, 2, key_dim), empty(1, 1000, 4, value_dim)
+    grid = triton_rule._grid(q, v)
+    saved = triton_rule.saved_like(q, v)
+    assert saved.erasers is not None
+    factors = empty(grid.chunks, grid.rows, 7, grid.chunk, dtype=torch.float32)
+    triton_span.launch_map(grid, q, factors, saved.erasers, saved.updates, 0)
+
+
 def check_memory(gpu: int, compiled: list[Any]) -> None:
     taken = {name: kernel.metadata.shared for name, kernel in compiled}
     assert all(kernel.asm["cubin"] for _, kernel in compiled)
@@ -157,7 +170,13 @@ def test_all_kernels_fit(gpu: int, compiled: list[Any]) -> None:
     run_rule(key_dim=64, value_dim=64, documents=True)
     run_rule(key_dim=256, value_dim=256)
     run_rule(key_dim=96, value_dim=80, group=2)
-    assert "_finish" in {name for name, _ in compiled} and "_step" in dict(compiled)
+    for dims in ((64, 64), (128, 256), (256, 256)):
+        run_span(*dims)
+    assert (
+        "_map" in dict(compiled)
+        and "_finish" in {name for name, _ in compiled}
+        and "_step" in dict(compiled)
+    )
     check_memory(gpu, compiled)
 
 

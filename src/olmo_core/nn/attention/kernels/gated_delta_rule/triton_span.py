@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.launch import launch
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors
 
+from .blocks import scan_blocks
 from .chunks import ChunkGrid
 from .triton_shared import (
     KEY,
@@ -87,10 +89,10 @@ def launch_map(
     # Programs repeat D for each block of values: that is free while there are few of them.
     few = triton.cdiv(K, NARROWEST) * triton.cdiv(V, NARROWEST) * R <= multiprocessors(k.device)
     width = NARROWEST if few or wide else min(pad(V), 2 * NARROWEST)
-    _map[(triton.cdiv(K, NARROWEST) * triton.cdiv(V, width), R)](
+    launch(_map, (triton.cdiv(K, NARROWEST) * triton.cdiv(V, width), R))(
         k, w, values, factors, n, m, grid.padding, R, grid.chunks, first, *strides(k),
         HEADS=grid.value_heads, GROUP=grid.group, C=grid.chunk, K=K, K_PAD=pad(K),
-        BLOCK_K=NARROWEST, V=V, BLOCK_V=width, STAGES=1 if wide else 3,
+        BLOCK_K=NARROWEST, V=V, BLOCK_V=width, STAGES=scan_blocks(pad(K), k.device).forward_stages,
         num_warps=8 if wide or width > NARROWEST else 4,
     )  # fmt: skip
     return n, m
