@@ -189,11 +189,12 @@ def test_dtypes_and_autocast(dtype: torch.dtype) -> None:
     assert error < 4 * torch.finfo(dtype).eps
 
 
-def test_a_compiled_step_neither_breaks_nor_recompiles() -> None:
+@pytest.mark.parametrize("max_rollback", [0, 2])
+def test_a_compiled_step_neither_breaks_nor_recompiles(max_rollback: int) -> None:
     layer = build()
     x = tokens()
     want = layer(x)
-    layer.init_kv_cache_manager(2, TOKENS, max_rollback=2)
+    layer.init_kv_cache_manager(2, TOKENS, max_rollback=max_rollback)
     layer(x[:, :10])
     graphs = []
 

@@ -109,7 +109,9 @@ def advance_token(
     :param head_dims: K and V.
     :param padding: (B, 1) bool, or None: which rows' token is padding.
     """
-    if projected[0].shape[1] != 1 or cache.max_rollback or any(map(is_heard, convolutions)):
+    if torch.compiler.is_compiling() or projected[0].shape[1] != 1 or cache.max_rollback:
+        return None
+    if any(is_heard(conv) for conv in convolutions):
         return None
     if cache.state.shape[1:] != (a.shape[2], *head_dims):
         return None
