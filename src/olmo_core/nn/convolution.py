@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.dispatch import is_heard
 from olmo_core.nn.functional import compute_dtype
-from olmo_core.nn.lengths import check_cu_doc_lens, document_positions
+from olmo_core.nn.lengths import check_cu_doc_lens, document_positions, ends_before
 from olmo_core.nn.sharded import local
 
 __all__ = ["CausalConv1d", "causal_conv1d", "convolve_streams", "convolve_together"]
@@ -229,7 +229,7 @@ def _fusible(
     documents = None
     if cu_doc_lens is not None:
         index = torch.arange(-past, tokens - past, device=x.device, dtype=cu_doc_lens.dtype)
-        documents = torch.searchsorted(cu_doc_lens[1:-1].contiguous(), index, right=True)
+        documents = ends_before(cu_doc_lens[1:-1], index)
         if past:  # of the first document, even if that is empty
             documents = torch.where(index < 0, 0, documents)
     taps = weight.squeeze(1).to(dtype).flip(-1).unbind(-1)

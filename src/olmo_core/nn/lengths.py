@@ -149,8 +149,20 @@ def document_positions(cu: Tensor, total: int) -> Tensor:
     Runs on ``cu``'s device and reads nothing on the host.
     """
     index = torch.arange(total, device=cu.device, dtype=cu.dtype)
-    ends = cu[1:].contiguous()
-    return index - cu[torch.searchsorted(ends, index, right=True)]  # by how many ended before
+    return index - cu[ends_before(cu[1:], index)]
+
+
+def ends_before(ends: Tensor, index: Tensor) -> Tensor:
+    """How many of ``ends``, which don't decrease, are not greater than each element of ``index``.
+
+    :param ends: ``(documents,)``, integers; likewise ``index``, of any shape.
+    :returns: Like ``index``, int64.
+    """
+    if torch.compiler.is_compiling():
+        # On a GPU Inductor (of torch 2.11 for one) searches a view from the beginning of its base.
+        # A tensor of another dtype has memory of its own; a copy would be optimized away.
+        ends, index = ends.to(torch.int64), index.to(torch.int64)
+    return torch.searchsorted(ends.contiguous(), index, right=True)
 
 
 def leftpad_to_cu_doc_lens(leftpad: Tensor, seq_len: int) -> Tensor:

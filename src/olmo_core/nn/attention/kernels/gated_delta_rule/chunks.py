@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from olmo_core.nn.lengths import ends_before
+
 __all__ = [
     "QK_NORM_EPS",
     "ChunkGrid",
@@ -159,8 +161,7 @@ class ChunkGrid:
         positions = torch.arange(
             -self.padding, self.tokens, device=cu_doc_lens.device, dtype=cu_doc_lens.dtype
         )
-        ids = torch.searchsorted(cu_doc_lens[1:-1].contiguous(), positions, right=True)
-        return ids.view(self.chunks, self.chunk)
+        return ends_before(cu_doc_lens[1:-1], positions).view(self.chunks, self.chunk)
 
 
 @dataclass(frozen=True)
