@@ -56,7 +56,7 @@ def float8_styles(
                 f"{kind} has {odd}. Use float8_enabled=False: the layer stays float8, with its "
                 "own scaling."
             )
-    return {name: (Float8ColwiseParallel, Float8RowwiseParallel) for name in float8}
+    return dict.fromkeys(float8, (Float8ColwiseParallel, Float8RowwiseParallel))
 
 
 def _goes_over_gloo(mesh: DeviceMesh) -> bool:
