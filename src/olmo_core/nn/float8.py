@@ -20,7 +20,7 @@ def float8_styles(
 
     Where a layer has converted only some, the others are not in the result.
 
-    :param names: Of the projections, None among them.
+    :param names: Of the projections. The layer may lack some: those are None.
     :raises RuntimeError: If torchao is missing, none of the projections is a float8 one, or the
         ranks can't send each other the gradients of a sharded output, which are float8.
     :raises ValueError: If one scales in a way that torchao's styles don't follow.
@@ -36,7 +36,7 @@ def float8_styles(
             "float8_enabled=True needs torchao, which can't be imported here. Run: pip install "
             "torchao"
         ) from error
-    linears = {name: getattr(layer, name, None) for name in names}
+    linears = {name: w for name in names if (w := getattr(layer, name, None)) is not None}
     float8 = {name: w for name, w in linears.items() if isinstance(w, Float8Linear)}
     kind = type(layer).__name__
     if not float8:
