@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gloo_ranks import on_ranks
-from nn.attention.parallel.sharing import RMS, ROPE, D, check_gradients, error, mesh_of
+from nn.attention.parallel.sharing import RMS, ROPE, Block, D, check_gradients, error, mesh_of
 from olmo_core.nn.attention import Attention, GateConfig, GatedDeltaNet, NormalizedAttention
 from olmo_core.nn.feed_forward import FeedForward, NormalizedFeedForward
 from olmo_core.nn.float8 import float8_styles
@@ -105,6 +105,30 @@ def dealt(rank: int, n: int, name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_dealt_is_whole(name: str) -> None:
     on_ranks(2, dealt, name)
+
+
+def with_fsdp(rank: int, n: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh_of(2, 2, names=("dp", "tp"))
+    mine = mesh["dp"].get_local_rank()
+    x = torch.randn(2, 1, 8, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for name in ("ngpt", "delta net"):
+        reference, block = Block(make(name)), Block(make(name))
+        block.mixer.apply_tp(mesh["tp"], float8_enabled=True)
+        fully_shard(block, mesh=mesh["dp"])
+        want = [reference(one) for one in x]
+        (sum(y.square().sum() for y in want) / 2).backward()
+        out = block(x[mine])
+        out.square().sum().backward()
+        assert error(out, want[mine]) < BOUND, name
+        check_gradients(block, reference, BOUND)
+
+
+@needs_torchao
+@pytest.mark.distributed
+def test_fsdp_around_it() -> None:
+    on_ranks(4, with_fsdp)
 
 
 def with_own_scaling(rank: int, n: int) -> None:
