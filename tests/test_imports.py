@@ -35,6 +35,7 @@ OPTIONAL = [
     "quack",
     "tensorboard",
     "tokenizers",
+    "torchao",
     "transformer_engine",
     "transformer_engine_torch",
     "transformers",

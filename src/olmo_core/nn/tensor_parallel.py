@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from olmo_core.nn.float8 import float8_styles
 from olmo_core.nn.sharded import is_sharded
 from olmo_core.nn.sum_over_ranks import sum_over_ranks
 
@@ -117,11 +117,14 @@ class SharesWidth(nn.Module):
             sequence, ``Replicate()`` if not given.
         :param output_layout: The same for the output.
         :param use_local_output: Give the output as a plain tensor, not a DTensor.
-        :param float8_enabled: Use the parallel styles of torchao's float8 linear layers.
-        :raises ValueError: If the number of ranks does not divide the heads.
+        :param float8_enabled: Use torchao's parallel styles for those projections that
+            ``torchao.float8.convert_to_float8_training`` has converted. They cast gradients before
+            a bias sees them.
+        :raises ValueError: If the number of ranks does not divide the heads, or if torchao's styles
+            don't follow a projection's scaling.
         :raises TypeError: If ``tp_mesh`` is no mesh.
         :raises RuntimeError: If the layer is dealt already, has a decoding cache or parameters that
-            no rank's part is known of, or if torchao is missing.
+            no rank's part is known of, or if torchao, or a float8 projection, is missing.
         """
         whole = use_local_output and (output_layout is None or output_layout.is_replicate())
         place = TensorParallel.from_mesh(tp_mesh, whole_output=whole)
@@ -132,9 +135,12 @@ class SharesWidth(nn.Module):
                 f"{type(self).__name__} has no float8 under tensor parallelism. Use Attention, "
                 "whose projections are apart, or float8_enabled=False."
             )
-        column_style, row_style = _styles(float8_enabled)
+        float8: Mapping[str, Any] = {}
+        if float8_enabled:
+            names = (*table.columns, *table.rows)
+            float8 = float8_styles(self, names, tp_mesh, output_layout)
         _deal(
-            self, table, tp_mesh, input_layout, column_style, row_style,
+            self, table, tp_mesh, input_layout, float8,
             {"output_layouts": output_layout, "use_local_output": use_local_output},
         )  # fmt: skip
         self.use_tp(place)
@@ -174,30 +180,6 @@ def _parameters(module: nn.Module, names: tuple[str, ...]) -> list[str]:
     return [n for n in own if any(n == name or n.startswith(f"{name}.") for name in names)]
 
 
-def _styles(float8: bool) -> tuple[Any, Any]:
-    """The parallel styles of column and row projections."""
-    if not dist.is_available():
-        raise RuntimeError(
-            "Tensor parallelism needs torch.distributed, which this build of torch has not. "
-            "Install one that has it."
-        )
-    if not float8:
-        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
-        return ColwiseParallel, RowwiseParallel
-    try:
-        from torchao.float8.float8_tensor_parallel import (  # type: ignore[import-not-found,unused-ignore]
-            Float8ColwiseParallel,
-            Float8RowwiseParallel,
-        )
-    except ImportError as error:
-        raise RuntimeError(
-            "float8_enabled=True needs torchao, which can't be imported here. Run: pip install "
-            "torchao"
-        ) from error
-    return Float8ColwiseParallel, Float8RowwiseParallel
-
-
 def _own(_: nn.Module, args: Any, out: Tensor) -> Tensor:
     """A DTensor's part without the mark of a view, of which FSDP2 warns: nobody has the whole."""
     return out if is_sharded(out) else torch.ops.aten._unsafe_view(out, out.shape)
@@ -208,13 +190,17 @@ def _deal(
     table: TensorParallelTable,
     mesh: DeviceMesh,
     input_layout: Any,
-    column_style: Any,
-    row_style: Any,
+    float8: Mapping[str, tuple[Any, Any]],
     outputs: dict[str, Any],
 ) -> None:
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.parallel import parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
+    plain = (ColwiseParallel, RowwiseParallel)
     layout, whole = input_layout or Replicate(), (Replicate(),)
 
     def gather(x: Any) -> Any:
@@ -232,8 +218,8 @@ def _deal(
 
     module.register_forward_pre_hook(prepare, with_kwargs=True)
     present = [n for n in table.columns if getattr(module, n, None) is not None]
-    plan = {name: column_style() for name in present}
-    plan |= {name: row_style(**outputs) for name in table.rows}
+    plan = {name: float8.get(name, plain)[0]() for name in present}
+    plan |= {name: float8.get(name, plain)[1](**outputs) for name in table.rows}
     parallelize_module(module, mesh, plan)
     for name in table.rows:
         module.get_submodule(name).register_forward_hook(_own)

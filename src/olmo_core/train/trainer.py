@@ -128,7 +128,8 @@ class Trainer:
         :raises CheckpointError: if a checkpoint cannot be written.
         """
         held = self.ranks.entered_by_first(self.folder.held())
-        with held, _deterministic(self.device), _named_failures(self.config):
+        room = _room_to_compile(self.config)
+        with held, room, _deterministic(self.device), _named_failures(self.config):
             self.ranks.on_first(self._begin)
             if self.step == 0:
                 self._save()
@@ -329,6 +330,22 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def _room_to_compile(config: TrainConfig) -> Iterator[None]:
+    """Graphs for every layer. FSDP's hooks end a graph before each block, and blocks share their
+    code, of which the compiler keeps 8 graphs by default and then, with a warning, computes
+    eagerly. Each kind of layer takes up to four: with and without gradients, of one shape and of
+    any."""
+    if not config.compile:
+        yield
+        return
+    import torch._dynamo.config as dynamo
+
+    graphs = max(dynamo.recompile_limit, 4 * config.model.n_layers)
+    with dynamo.patch(recompile_limit=graphs):
+        yield
 
 
 @contextmanager

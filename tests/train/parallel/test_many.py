@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from gloo_ranks import on_ranks
+from olmo_core.nn.attention import AttentionConfig, SlidingWindowAttentionConfig
 from olmo_core.nn.sharded import is_sharded
 from olmo_core.train.checkpoint import find_checkpoint
 from olmo_core.train.config import TrainConfig
@@ -118,6 +123,46 @@ def test_the_whole_demo(tmp_path: Path, name: str) -> None:
     losses = [[row["loss"] for row in curve(tmp_path / run)] for run in ("one", "many")]
     assert losses[0][:15] == pytest.approx(losses[1][:15], abs=1e-4)
     assert one.held_out == pytest.approx(many.held_out, rel=0.02)
+
+
+def compiled(rank: int, n: int, backend: str, *args: Any) -> tuple[list[str], int]:
+    """What the compiler warns of, and how many graphs it makes."""
+    from torch._dynamo.utils import counters
+
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("torch._dynamo")
+    torch._dynamo.reset()
+    counters.clear()
+    logger.addHandler(handler)
+    try:
+        with mock.patch("torch.compile", partial(torch.compile, backend=backend)):
+            train(rank, n, *args)
+    finally:
+        logger.removeHandler(handler)
+    return warnings, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("name", ["data", "zig_zag", "tp"])
+def test_compiled(corpus: Path, tmp_path: Path, name: str, backend: str) -> None:
+    """Three kinds of layers, shapes that change (with ``zig_zag``), and looks at held-out text."""
+    n, options = OPTIONS[name]
+    changes = [CALM, "steps=6", "model.dtype=float32", "model.n_layers=6"]
+    config = small(corpus, *changes, "model.pattern=[0,1,0,1,0,1]")
+    attention = config.model.blocks[1].sequence_mixer
+    assert isinstance(attention, AttentionConfig)
+    attention.sliding_window = SlidingWindowAttentionConfig([9, 9, 9, 9, 9, -1])
+    train(0, 1, config, tmp_path / "one", {})
+    config = config.merge(["compile=true"])
+    for warnings, graphs in on_ranks(
+        n, compiled, backend, config, tmp_path / "many", options, timeout=500
+    ):
+        assert warnings == [] and graphs > 3
+    losses = [[row["loss"] for row in curve(tmp_path / run)] for run in ("one", "many")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 HALF: dict[str, Options] = {

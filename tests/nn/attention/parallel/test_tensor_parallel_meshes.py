@@ -55,15 +55,23 @@ def test_fsdp_around_it() -> None:
     on_ranks(4, with_fsdp, timeout=120)
 
 
-def with_context(rank: int, n: int, style: str, names: list[str]) -> None:
-    mesh = mesh_of(2, 2, names=("cp", "tp"))
-    cp, tp = mesh["cp"], mesh["tp"]
+def with_context(
+    rank: int, n: int, style: str, names: list[str], ring: int = 0, ulysses: int = 0
+) -> None:
+    """:param ring: The ring's degree where Ulysses groups of ``ulysses`` ranks are inside it; the
+    rest of the ranks share heads."""
     kind = RingAttentionLoadBalancerType(style)
-    balancer = kind.build(cp)
-    if style == "ulysses":
-        arguments: dict[str, Any] = {"uly": UlyssesContextParallelStyle()}
+    uly, rings = UlyssesContextParallelStyle(), RingContextParallelStyle
+    if ring:
+        mesh = mesh_of(ring, ulysses, n // (ring * ulysses), names=("ring", "ulysses", "tp"))
+        cp, tp = mesh["ring", "ulysses"], mesh["tp"]
+        arguments: dict[str, Any] = {"ring": rings(kind), "uly": uly}
     else:
-        arguments = {"ring": RingContextParallelStyle(kind, head_stride=2)}
+        mesh = mesh_of(2, 2, names=("cp", "tp"))
+        cp, tp = mesh["cp"], mesh["tp"]
+        arguments = {"uly": uly} if style == "ulysses" else {"ring": rings(kind, head_stride=2)}
+    balancer = kind.build(cp)
+    groups = [cp.get_group(name) for name in cp.mesh_dim_names]
     x, dout = torch.randn(
         2, 1, 16, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
@@ -89,10 +97,12 @@ def with_context(rank: int, n: int, style: str, names: list[str]) -> None:
             out.backward(dout_mine)
             real = out.shape[1] if style == "llama3" else None  # no row of padding has a target
             assert error(out[:, :real] * (want_mine != 0), want_mine) < 1e-12, (name, tp_first)
-            dist.all_reduce(leaf.grad, group=cp.get_group())
+            for group in groups:
+                dist.all_reduce(leaf.grad, group=group)
             assert error(leaf.grad, x_whole.grad) < 1e-12, (name, tp_first)
             for p in layer.parameters():
-                dist.all_reduce(p.grad.to_local(), group=cp.get_group())
+                for group in groups:
+                    dist.all_reduce(p.grad.to_local(), group=group)
             check_gradients(layer, reference)
 
 
@@ -106,6 +116,20 @@ def test_context_parallelism_beside_it(style: str) -> None:
 def test_every_layer_with_context_parallelism(style: str) -> None:
     names = ["head norm, headwise gate, window", "layer norm", "ngpt, full norm", "fused"]
     on_ranks(4, with_context, style, names, timeout=200)
+
+
+@pytest.mark.parametrize(
+    ("style", "ring", "ulysses"), [("zig_zag", 2, 1), ("balanced", 1, 2), ("llama3", 2, 2)]
+)
+def test_a_hybrid_beside_it_on_four_ranks(style: str, ring: int, ulysses: int) -> None:
+    on_ranks(4, with_context, style, ["full norm, clip", "gva"], ring, ulysses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["zig_zag", "llama3", "balanced"])
+def test_a_hybrid_beside_it_on_eight_ranks(style: str) -> None:
+    names = ["full norm, clip", "head norm, headwise gate, window", "ngpt", "gva"]
+    on_ranks(8, with_context, style, names, 2, 2, timeout=400)
 
 
 def heads_for_both(rank: int, n: int) -> None:
