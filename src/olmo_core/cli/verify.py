@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
-from itertools import chain
+from collections.abc import Generator
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -152,25 +153,35 @@ def _run(
 ) -> tuple[list[Outcome], bool]:
     """The outcomes so far, in the order of the cells, and whether the user stopped."""
     from olmo_core.cli.tables import progress
-    from olmo_core.diagnostics.verify import run
-    from olmo_core.diagnostics.verify_processes import run_in_processes
 
     outcomes: dict[Cell, Outcome] = {}
     interrupted = False
     with progress() as bar:
         task = bar.add_task("", total=len(todo))
-        running = run(todo, device, ranks)
-        if jobs > 1:  # sharded cells have processes of their own
-            alone = [cell for cell in todo if not cell.is_sharded]
-            sharded = [cell for cell in todo if cell.is_sharded]
-            running = chain(run_in_processes(alone, device, jobs), run(sharded, device, ranks))
-        try:
-            for outcome in running:
-                outcomes[outcome.cell] = outcome
-                bar.update(task, advance=1, description=str(outcome.cell)[:44])
-        except KeyboardInterrupt:
-            interrupted = True
+        with closing(_checked(todo, device, jobs, ranks)) as checked:
+            try:
+                for outcome in checked:
+                    outcomes[outcome.cell] = outcome
+                    bar.update(task, advance=1, description=str(outcome.cell)[:44])
+            except KeyboardInterrupt:
+                interrupted = True
     return [outcomes[cell] for cell in todo if cell in outcomes], interrupted
+
+
+def _checked(
+    todo: list[Cell], device: torch.device, jobs: int, ranks: int
+) -> Generator[Outcome, None, None]:
+    from olmo_core.diagnostics.torchrun import number_started
+    from olmo_core.diagnostics.verify import run
+    from olmo_core.diagnostics.verify_processes import run_in_processes
+
+    mine = list(todo)
+    if jobs > 1:
+        # Ranks that torchrun has started answer this process alone.
+        mine = [cell for cell in todo if cell.is_sharded and number_started() > 1]
+        others = [cell for cell in todo if not (cell.is_sharded and number_started() > 1)]
+        yield from run_in_processes(others, device, jobs, partial(run, ranks=ranks))
+    yield from run(mine, device, ranks)
 
 
 def _print_tables(console: Console, outcomes: list[Outcome]) -> None:

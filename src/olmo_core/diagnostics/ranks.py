@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import multiprocessing
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ class Ranks:
         self.alive = True
         self._folder = tempfile.mkdtemp(prefix="ranks_")
         self._pipes: list[Connection] = []
-        self._processes = []
+        self._processes: list[BaseProcess] = []
+        atexit.register(self.end)
         for rank in range(n):
             ours, theirs = _CONTEXT.Pipe()
             arguments = (theirs, rank, n, f"{self._folder}/store", patience)
@@ -58,7 +61,6 @@ class Ranks:
             theirs.close()  # so that its death closes the pipe
             self._pipes.append(ours)
             self._processes.append(process)
-        atexit.register(self.end)
 
     def run(
         self, function: Callable[..., Any], *args: Any, timeout: float = 60
@@ -68,6 +70,15 @@ class Ranks:
         :param function: At the top level of a module or of a file.
         :param timeout: In seconds. Ranks that are late are ended, and all others with them.
         """
+        try:
+            return self._answers(function, args, timeout)
+        except BaseException:  # Ctrl-C: what they answer later would be taken for the next answer
+            self.end()
+            raise
+
+    def _answers(
+        self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
+    ) -> list[Any | Failure]:
         file = sys.modules[function.__module__].__file__
         for pipe in self._pipes:
             pipe.send((function.__module__, file, function.__name__, args))
@@ -104,6 +115,7 @@ def _serve(pipe: Connection, rank: int, n: int, store: str, patience: float) -> 
     import torch
     import torch.distributed as dist
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=n,
