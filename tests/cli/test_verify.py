@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,27 @@ def test_under_torchrun_one_rank_prints(tmp_path: Path) -> None:
     assert "heads dealt, sharded = whole" in done.stdout
     cells = [c for c in json.loads(report.read_text())["cells"] if c["property"] == "tp_cp"]
     assert [c["status"] for c in cells] == ["passed", "passed"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_processes_and_their_ranks() -> None:
+    """As a terminal sends it, to all of them; each holds the other end of its output."""
+    verify = [sys.executable, "-m", "olmo_core", "verify", "-m", "gqa", "-m", "kernel"]
+    command = subprocess.Popen(
+        [*verify, "-b", "torch", "--device", "cpu", "--jobs", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
+    of = [str(command.pid)]
+    while len(of) < 6:  # workers, the tracker of resources, ranks
+        time.sleep(0.2)
+        of = [str(command.pid), *children.read_text().split()]
+        for pid in of[1:]:
+            of += Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.killpg(command.pid, signal.SIGINT)
+    out, err = command.communicate(timeout=60)  # when all have closed it
+    assert command.returncode == 130, err
+    assert "interrupted: " in out and "Traceback" not in err
 
 
 def test_ctrl_c_prints_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

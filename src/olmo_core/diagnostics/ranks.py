@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -24,7 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Failure", "Ranks"]
+__all__ = ["Failure", "Ranks", "without_interrupts"]
 
 # A fork would inherit torch's threads and locks.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -57,7 +58,8 @@ class Ranks:
             ours, theirs = _CONTEXT.Pipe()
             arguments = (theirs, rank, n, f"{self._folder}/store", patience)
             process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            with without_interrupts():
+                process.start()
             theirs.close()  # so that its death closes the pipe
             self._pipes.append(ours)
             self._processes.append(process)
@@ -111,11 +113,24 @@ class Ranks:
         atexit.unregister(self.end)
 
 
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes that start inside never see Ctrl-C, which a terminal sends to all: who has started
+    them ends them. It is this one's when the block ends."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(pipe: Connection, rank: int, n: int, store: str, patience: float) -> None:
     import torch
     import torch.distributed as dist
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=n,

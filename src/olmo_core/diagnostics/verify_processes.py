@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
+from olmo_core.diagnostics.ranks import without_interrupts
 from olmo_core.diagnostics.sharded import end_ranks
 from olmo_core.diagnostics.verify import Cell, Outcome, run
 
@@ -101,7 +102,8 @@ def _start(device: torch.device, threads: int, run: Run) -> _Worker:
     ours, theirs = _CONTEXT.Pipe()
     # No daemon: it may have ranks of its own.
     process = _CONTEXT.Process(target=_work, args=(theirs, device, threads, run))
-    process.start()
+    with without_interrupts():
+        process.start()
     theirs.close()  # so that its death closes the pipe
     return _Worker(process, ours)
 
@@ -112,8 +114,7 @@ def _give(worker: _Worker, cells: list[Cell]) -> None:
 
 
 def _work(pipe: Connection, device: torch.device, threads: int, run: Run) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # and what this has started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # ends what this has started
     torch.set_num_threads(threads)
     while (cells := pipe.recv()) is not None:
         for outcome in run(cells, device):
