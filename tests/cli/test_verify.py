@@ -110,8 +110,9 @@ def test_bad_options_cost_one_message(args: list[str], message: str) -> None:
 
 
 def test_ranks_that_torchrun_has_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     result = run(*KERNELS, "--ranks", "3")
     assert result.exit_code == 2
     assert "--ranks 3, but torchrun has started 2: leave --ranks out" in result.output

@@ -88,7 +88,8 @@ def command(
     from olmo_core.diagnostics import machine as machines
     from olmo_core.diagnostics import verify
     from olmo_core.diagnostics.sharded import use_ranks
-    from olmo_core.diagnostics.torchrun import number_started, started_ranks
+    from olmo_core.diagnostics.torchrun import started_ranks
+    from olmo_core.distributed.launched import number_started
     from olmo_core.utils import checked_device
 
     most = 4 * (os.cpu_count() or 1)
@@ -171,9 +172,9 @@ def _run(
 def _checked(
     todo: list[Cell], device: torch.device, jobs: int, ranks: int
 ) -> Generator[Outcome, None, None]:
-    from olmo_core.diagnostics.torchrun import number_started
     from olmo_core.diagnostics.verify import run
     from olmo_core.diagnostics.verify_processes import run_in_processes
+    from olmo_core.distributed.launched import number_started
 
     mine = list(todo)
     if jobs > 1:
