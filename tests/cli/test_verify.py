@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from olmo_core.cli.main import app
+from olmo_core.diagnostics import torchrun
 from olmo_core.nn.attention.kernels.softmax import get_kernel, register_kernel
 
 KERNELS = ["verify", "--mixer", "kernel", "--quick", "--device", "cpu"]
@@ -116,6 +118,20 @@ def test_ranks_that_torchrun_has_not_started(monkeypatch: pytest.MonkeyPatch) ->
     result = run(*KERNELS, "--ranks", "3")
     assert result.exit_code == 2
     assert "--ranks 3, but torchrun has started 2: leave --ranks out" in result.output
+
+
+def test_the_options_are_the_first_rank_s_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells what is wrong with them, once, and its disk alone must have room for the report."""
+    served = []
+    monkeypatch.setattr(torchrun, "started_ranks", lambda where: nullcontext(served.append(where)))
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    result = run(*KERNELS, "--mixer", "nope", "--json", "no/such/folder/x.json")
+    assert (result.exit_code, result.output) == (0, "")
+    assert served == [torch.device("cpu")]
+    monkeypatch.setenv("RANK", "0")
+    assert "no mixer 'nope'" in run(*KERNELS, "--mixer", "nope").output
 
 
 @pytest.mark.slow

@@ -92,13 +92,19 @@ def command(
     from olmo_core.distributed.launched import number_started
     from olmo_core.utils import checked_device
 
+    where, started = checked_device(device), number_started()
+    if started > 1:
+        where = torch.device(where.type)  # each rank's own
+        if os.environ["RANK"] != "0":
+            with started_ranks(where):
+                return  # this rank has served the first, which alone reads the options and speaks
+
     most = 4 * (os.cpu_count() or 1)
     if jobs > most:
         raise OLMoConfigurationError(
             f"--jobs {jobs} is more than four processes a core: choose at most {most}."
         )
     backends = [machines.checked_backend(name) for name in backend or ()]
-    started = number_started()
     if started > 1 and ranks not in (None, started):
         raise OLMoConfigurationError(
             f"--ranks {ranks}, but torchrun has started {started}: leave --ranks out."
@@ -113,9 +119,6 @@ def command(
         raise OLMoConfigurationError(
             "Nothing to verify: the gated delta net runs on the torch backend alone."
         )
-    where = checked_device(device)
-    if started > 1:
-        where = torch.device(where.type)  # each rank's own
     if json_file is not None:
         machines.checked_output("--json", json_file)
 
@@ -124,8 +127,6 @@ def command(
     facts = machines.describe(where)
     with started_ranks(where) if started > 1 else nullcontext() as others:
         if others is not None:
-            if not others.are_mine:
-                return  # this rank has served the first
             use_ranks(others, n)
         console.print(str(facts), style="dim")
         outcomes, interrupted = _run(todo, where, jobs, n)
