@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from olmo_core.cli.main import app
+from olmo_core.diagnostics import torchrun
 from olmo_core.nn.attention.kernels.softmax import get_kernel, register_kernel
 
 KERNELS = ["verify", "--mixer", "kernel", "--quick", "--device", "cpu"]
@@ -107,11 +112,26 @@ def test_bad_options_cost_one_message(args: list[str], message: str) -> None:
 
 
 def test_ranks_that_torchrun_has_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     result = run(*KERNELS, "--ranks", "3")
     assert result.exit_code == 2
     assert "--ranks 3, but torchrun has started 2: leave --ranks out" in result.output
+
+
+def test_the_options_are_the_first_rank_s_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells what is wrong with them, once, and its disk alone must have room for the report."""
+    served = []
+    monkeypatch.setattr(torchrun, "started_ranks", lambda where: nullcontext(served.append(where)))
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    result = run(*KERNELS, "--mixer", "nope", "--json", "no/such/folder/x.json")
+    assert (result.exit_code, result.output) == (0, "")
+    assert served == [torch.device("cpu")]
+    monkeypatch.setenv("RANK", "0")
+    assert "no mixer 'nope'" in run(*KERNELS, "--mixer", "nope").output
 
 
 @pytest.mark.slow
@@ -128,6 +148,27 @@ def test_under_torchrun_one_rank_prints(tmp_path: Path) -> None:
     assert "heads dealt, sharded = whole" in done.stdout
     cells = [c for c in json.loads(report.read_text())["cells"] if c["property"] == "tp_cp"]
     assert [c["status"] for c in cells] == ["passed", "passed"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_processes_and_their_ranks() -> None:
+    """As a terminal sends it, to all of them; each holds the other end of its output."""
+    verify = [sys.executable, "-m", "olmo_core", "verify", "-m", "gqa", "-m", "kernel"]
+    command = subprocess.Popen(
+        [*verify, "-b", "torch", "--device", "cpu", "--jobs", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
+    of = [str(command.pid)]
+    while len(of) < 6:  # workers, the tracker of resources, ranks
+        time.sleep(0.2)
+        of = [str(command.pid), *children.read_text().split()]
+        for pid in of[1:]:
+            of += Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.killpg(command.pid, signal.SIGINT)
+    out, err = command.communicate(timeout=60)  # when all have closed it
+    assert command.returncode == 130, err
+    assert "interrupted: " in out and "Traceback" not in err
 
 
 def test_ctrl_c_prints_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from gloo_ranks import on_ranks
 from olmo_core.diagnostics.ranks import Failure
-from olmo_core.diagnostics.torchrun import StartedRanks, number_started
+from olmo_core.diagnostics.torchrun import StartedRanks
+from olmo_core.distributed.launched import number_started
 
 pytestmark = pytest.mark.distributed
 
@@ -32,11 +33,13 @@ def test_answers_and_errors_of_all_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "n"), [({}, 1), ({"RANK": "1", "WORLD_SIZE": "3"}, 3), ({"WORLD_SIZE": "3"}, 1)]
+    ("missing", "n"), [(set(), 3), ({"RANK"}, 1), ({"WORLD_SIZE"}, 1), ({"MASTER_ADDR"}, 1)]
 )
-def test_how_many(environment: dict[str, str], n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_how_many(missing: set[str], n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some schedulers set a few of these for their own ends: that is no launcher."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name in missing:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, "3")
     assert number_started() == n

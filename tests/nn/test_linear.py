@@ -41,6 +41,7 @@ def test_the_numbers_are_those_of_a_linear_layer(rows, outputs, inputs, bias, se
         layer.float()
         got, plain = apply_linear(layer, x), layer(x)
     assert got.shape == plain.shape and got.dtype == plain.dtype
+    assert got.stride() == plain.stride()  # so that view() does what it does of a layer's
     assert relative_error(got, want) <= 3 * relative_error(plain, want) + 1e-7
 
 
@@ -64,6 +65,44 @@ def test_few_rows_of_a_large_matrix_go_in_blocks_and_nothing_else_does():
             out, ops = ops_of(apply_linear, layer, one)
         assert out.dtype == torch.bfloat16 and BLOCKS not in ops
     assert apply_linear(layer, one).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("rows", "bias"),
+    [
+        ((), torch.ones(192, dtype=torch.float64)),  # the sum would be of float64
+        ((), torch.ones(192, dtype=torch.bfloat16)),
+        ((), torch.ones(192, device="meta")),
+        ((2,), torch.ones(5, 2, 192)),
+        ((2,), torch.ones(2, 192)),
+    ],
+)
+def test_a_bias_is_taken_or_refused_as_a_linear_layer_does(rows, bias):
+    x, weight = torch.randn(*rows, 576), torch.randn(192, 576)
+    layer = nn.Linear(576, 192)
+    layer.bias = nn.Parameter(bias)
+    with torch.no_grad():
+        try:
+            want = nn.functional.linear(x, weight, bias)
+        except RuntimeError as error:
+            for run in (lambda: linear(x, weight, bias), lambda: apply_linear(layer, x)):
+                with pytest.raises(RuntimeError) as caught:
+                    run()
+                assert str(caught.value) == str(error)
+        else:
+            torch.testing.assert_close(linear(x, weight, bias), want)
+
+
+@pytest.mark.parametrize("x", [torch.tensor(1.0), torch.randn(2, 576).to_sparse()])
+def test_what_is_no_rows_of_a_plain_tensor_goes_to_torch(x):
+    weight = torch.randn(192, 576)
+    with torch.no_grad():
+        if x.dim():
+            want = x.to_dense().double() @ weight.double().t()
+            assert relative_error(linear(x, weight), want) < 1e-6
+        else:
+            with pytest.raises(RuntimeError, match="at least 1D"):
+                linear(x, weight)
 
 
 def test_it_is_a_view_of_the_matrix():

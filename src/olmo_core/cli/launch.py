@@ -25,10 +25,11 @@ def joined(**degrees: Any) -> Iterator[Ranks]:
     :param degrees: how they share a run, see :func:`.deal`.
     :raises OLMoConfigurationError: if that can't be.
     """
-    from olmo_core.train.parallel.many import join, lost_another, started_ranks
+    from olmo_core.distributed.launched import number_started
+    from olmo_core.train.parallel.many import join, lost_another
     from olmo_core.train.parallel.ranks import Ranks
 
-    if started_ranks() == 1:
+    if number_started() == 1:
         ranks = Ranks()
         ranks.deal(**degrees)
         yield ranks

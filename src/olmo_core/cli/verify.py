@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
-from itertools import chain
+from collections.abc import Generator
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,8 +88,16 @@ def command(
     from olmo_core.diagnostics import machine as machines
     from olmo_core.diagnostics import verify
     from olmo_core.diagnostics.sharded import use_ranks
-    from olmo_core.diagnostics.torchrun import number_started, started_ranks
+    from olmo_core.diagnostics.torchrun import started_ranks
+    from olmo_core.distributed.launched import number_started
     from olmo_core.utils import checked_device
+
+    where, started = checked_device(device), number_started()
+    if started > 1:
+        where = torch.device(where.type)  # each rank's own
+        if os.environ["RANK"] != "0":
+            with started_ranks(where):
+                return  # this rank has served the first, which alone reads the options and speaks
 
     most = 4 * (os.cpu_count() or 1)
     if jobs > most:
@@ -96,7 +105,6 @@ def command(
             f"--jobs {jobs} is more than four processes a core: choose at most {most}."
         )
     backends = [machines.checked_backend(name) for name in backend or ()]
-    started = number_started()
     if started > 1 and ranks not in (None, started):
         raise OLMoConfigurationError(
             f"--ranks {ranks}, but torchrun has started {started}: leave --ranks out."
@@ -111,9 +119,6 @@ def command(
         raise OLMoConfigurationError(
             "Nothing to verify: the gated delta net runs on the torch backend alone."
         )
-    where = checked_device(device)
-    if started > 1:
-        where = torch.device(where.type)  # each rank's own
     if json_file is not None:
         machines.checked_output("--json", json_file)
 
@@ -122,8 +127,6 @@ def command(
     facts = machines.describe(where)
     with started_ranks(where) if started > 1 else nullcontext() as others:
         if others is not None:
-            if not others.are_mine:
-                return  # this rank has served the first
             use_ranks(others, n)
         console.print(str(facts), style="dim")
         outcomes, interrupted = _run(todo, where, jobs, n)
@@ -152,25 +155,35 @@ def _run(
 ) -> tuple[list[Outcome], bool]:
     """The outcomes so far, in the order of the cells, and whether the user stopped."""
     from olmo_core.cli.tables import progress
-    from olmo_core.diagnostics.verify import run
-    from olmo_core.diagnostics.verify_processes import run_in_processes
 
     outcomes: dict[Cell, Outcome] = {}
     interrupted = False
     with progress() as bar:
         task = bar.add_task("", total=len(todo))
-        running = run(todo, device, ranks)
-        if jobs > 1:  # sharded cells have processes of their own
-            alone = [cell for cell in todo if not cell.is_sharded]
-            sharded = [cell for cell in todo if cell.is_sharded]
-            running = chain(run_in_processes(alone, device, jobs), run(sharded, device, ranks))
-        try:
-            for outcome in running:
-                outcomes[outcome.cell] = outcome
-                bar.update(task, advance=1, description=str(outcome.cell)[:44])
-        except KeyboardInterrupt:
-            interrupted = True
+        with closing(_checked(todo, device, jobs, ranks)) as checked:
+            try:
+                for outcome in checked:
+                    outcomes[outcome.cell] = outcome
+                    bar.update(task, advance=1, description=str(outcome.cell)[:44])
+            except KeyboardInterrupt:
+                interrupted = True
     return [outcomes[cell] for cell in todo if cell in outcomes], interrupted
+
+
+def _checked(
+    todo: list[Cell], device: torch.device, jobs: int, ranks: int
+) -> Generator[Outcome, None, None]:
+    from olmo_core.diagnostics.verify import run
+    from olmo_core.diagnostics.verify_processes import run_in_processes
+    from olmo_core.distributed.launched import number_started
+
+    mine = list(todo)
+    if jobs > 1:
+        # Ranks that torchrun has started answer this process alone.
+        mine = [cell for cell in todo if cell.is_sharded and number_started() > 1]
+        others = [cell for cell in todo if not (cell.is_sharded and number_started() > 1)]
+        yield from run_in_processes(others, device, jobs, partial(run, ranks=ranks))
+    yield from run(mine, device, ranks)
 
 
 def _print_tables(console: Console, outcomes: list[Outcome]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -194,11 +195,13 @@ def _try_in_processes(
         for feature in CHECKS
     ]
     pair = {str(feature): i // 2 for i, feature in enumerate(CHECKS)}
-    for outcome in run_in_processes(
+    checked = run_in_processes(
         todo, device, jobs, together=lambda cell: (cell.backend, pair[cell.prop])
-    ):
-        announce(f"{outcome.cell.backend}: {outcome.cell.prop}")
-        tried[outcome.cell.backend][Feature(outcome.cell.prop)] = _complaint(outcome)
+    )
+    with closing(checked):
+        for outcome in checked:
+            announce(f"{outcome.cell.backend}: {outcome.cell.prop}")
+            tried[outcome.cell.backend][Feature(outcome.cell.prop)] = _complaint(outcome)
     return tried
 
 

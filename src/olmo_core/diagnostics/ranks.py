@@ -11,18 +11,21 @@ import importlib
 import importlib.util
 import multiprocessing
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Failure", "Ranks"]
+__all__ = ["Failure", "Ranks", "without_interrupts"]
 
 # A fork would inherit torch's threads and locks.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -49,16 +52,17 @@ class Ranks:
         self.alive = True
         self._folder = tempfile.mkdtemp(prefix="ranks_")
         self._pipes: list[Connection] = []
-        self._processes = []
+        self._processes: list[BaseProcess] = []
+        atexit.register(self.end)
         for rank in range(n):
             ours, theirs = _CONTEXT.Pipe()
             arguments = (theirs, rank, n, f"{self._folder}/store", patience)
             process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            with without_interrupts():
+                process.start()
             theirs.close()  # so that its death closes the pipe
             self._pipes.append(ours)
             self._processes.append(process)
-        atexit.register(self.end)
 
     def run(
         self, function: Callable[..., Any], *args: Any, timeout: float = 60
@@ -68,6 +72,15 @@ class Ranks:
         :param function: At the top level of a module or of a file.
         :param timeout: In seconds. Ranks that are late are ended, and all others with them.
         """
+        try:
+            return self._answers(function, args, timeout)
+        except BaseException:  # Ctrl-C: what they answer later would be taken for the next answer
+            self.end()
+            raise
+
+    def _answers(
+        self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
+    ) -> list[Any | Failure]:
         file = sys.modules[function.__module__].__file__
         for pipe in self._pipes:
             pipe.send((function.__module__, file, function.__name__, args))
@@ -98,6 +111,20 @@ class Ranks:
             process.join()
         shutil.rmtree(self._folder, ignore_errors=True)
         atexit.unregister(self.end)
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes that start inside never see Ctrl-C, which a terminal sends to all: who has started
+    them ends them. It is this one's when the block ends."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(pipe: Connection, rank: int, n: int, store: str, patience: float) -> None:

@@ -28,7 +28,7 @@ from olmo_core.nn.attention.parallel.styles import (
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["TP", "TP_CP", "sharded_answer", "use_ranks"]
+__all__ = ["TP", "TP_CP", "end_ranks", "sharded_answer", "use_ranks"]
 
 TP, TP_CP = "tp", "tp_cp"
 """Heads dealt to all ranks; heads to pairs of ranks, and sequences in zig-zag over the pairs."""
@@ -39,6 +39,13 @@ _STARTED: dict[int, Ranks | StartedRanks] = {}
 def use_ranks(ranks: Ranks | StartedRanks, n: int) -> None:
     """Ask these ``n`` ranks, not processes of our own."""
     _STARTED[n] = ranks
+
+
+def end_ranks() -> None:
+    """End the processes of our own; those of a later question start anew."""
+    for ranks in _STARTED.values():
+        if isinstance(ranks, Ranks):
+            ranks.end()
 
 
 def sharded_answer(

@@ -7,7 +7,6 @@ it has no more questions.
 from __future__ import annotations
 
 import importlib
-import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +17,9 @@ import torch
 import torch.distributed as dist
 
 from olmo_core.diagnostics.ranks import Failure
+from olmo_core.distributed.launched import join_started
 
-__all__ = ["StartedRanks", "number_started", "started_ranks"]
-
-
-def number_started() -> int:
-    """How many ranks torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+__all__ = ["StartedRanks", "started_ranks"]
 
 
 @contextmanager
@@ -34,13 +29,7 @@ def started_ranks(device: torch.device, patience: float = 120.0) -> Iterator[Sta
     :param device: Of its type each rank takes its own.
     :param patience: Seconds after which a rank that waits for the others gives up.
     """
-    backend = "gloo"
-    if device.type == "cuda":
-        gpus = torch.cuda.device_count()
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-        if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus:  # NCCL wants one for each rank
-            backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=patience))
+    join_started(timedelta(seconds=patience), on_gpus=device.type == "cuda")
     ranks = StartedRanks()
     try:
         if not ranks.are_mine:

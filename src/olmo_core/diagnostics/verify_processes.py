@@ -1,7 +1,8 @@
 """``verify`` in several processes: faster, and a crash in a library costs one cell.
 
-Each process checks one layer on one backend at a time, in whatever order they become free.
-``doctor`` has its ticks from here too, a feature at a time.
+Each process checks one layer on one backend at a time, in whatever order they become free. The
+sharded cells of a backend go to one of them, before all others: they take longest, and its ranks
+start once. ``doctor`` has its ticks from here too, a feature at a time.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from multiprocessing.connection import Connection, wait
@@ -18,6 +20,8 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
+from olmo_core.diagnostics.ranks import without_interrupts
+from olmo_core.diagnostics.sharded import end_ranks
 from olmo_core.diagnostics.verify import Cell, Outcome, run
 
 __all__ = ["run_in_processes"]
@@ -26,6 +30,8 @@ Run = Callable[[Iterable[Cell], torch.device], Iterator[Outcome]]
 
 # A fork would inherit CUDA's state and threads' locks.
 _CONTEXT = multiprocessing.get_context("spawn")
+_PATIENCE = 5.0
+"""Seconds in which a process that is told to end can end its ranks."""
 
 
 @dataclass(eq=False)
@@ -36,8 +42,8 @@ class _Worker:
     """Given to it and not answered yet; the first is the one that it checks."""
 
 
-def _layer(cell: Cell) -> tuple[str, str]:
-    return cell.backend, cell.mixer
+def _layer(cell: Cell) -> tuple[str, str | None]:
+    return cell.backend, None if cell.is_sharded else cell.mixer
 
 
 def run_in_processes(
@@ -46,13 +52,14 @@ def run_in_processes(
     jobs: int,
     run: Run = run,
     together: Callable[[Cell], Hashable] = _layer,
-) -> Iterator[Outcome]:
-    """The outcomes of :func:`.verify.run`, in no order.
+) -> Generator[Outcome, None, None]:
+    """The outcomes of :func:`.verify.run`, in no order. Close it if you don't exhaust it.
 
     :param jobs: How many processes, at most.
     :param run: What each of them does; importable by name.
     :param together: Neighbours that are alike in this go to one process.
     """
+    todo = sorted(todo, key=lambda cell: not cell.is_sharded)
     groups = deque(list(cells) for _, cells in groupby(todo, key=together))
     threads = max(1, (os.cpu_count() or 1) // jobs)
     workers: list[_Worker] = []
@@ -86,12 +93,17 @@ def run_in_processes(
     finally:
         for worker in workers:
             worker.process.terminate()
+        for worker in workers:
+            worker.process.join(_PATIENCE)
+            worker.process.kill()
 
 
 def _start(device: torch.device, threads: int, run: Run) -> _Worker:
     ours, theirs = _CONTEXT.Pipe()
-    process = _CONTEXT.Process(target=_work, args=(theirs, device, threads, run), daemon=True)
-    process.start()
+    # No daemon: it may have ranks of its own.
+    process = _CONTEXT.Process(target=_work, args=(theirs, device, threads, run))
+    with without_interrupts():
+        process.start()
     theirs.close()  # so that its death closes the pipe
     return _Worker(process, ours)
 
@@ -102,11 +114,12 @@ def _give(worker: _Worker, cells: list[Cell]) -> None:
 
 
 def _work(pipe: Connection, device: torch.device, threads: int, run: Run) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # ends what this has started
     torch.set_num_threads(threads)
     while (cells := pipe.recv()) is not None:
         for outcome in run(cells, device):
             pipe.send(outcome)
+        end_ranks()  # they have their part of a GPU's memory
 
 
 def _death(worker: _Worker) -> str:

@@ -33,7 +33,7 @@ def apply_linears(modules: Sequence[nn.Linear], x: Tensor) -> list[Tensor]:
         _in_blocks(x, module.weight, module.bias)
         if type(module) is nn.Linear
         and module.weight.numel() >= _LEAST_WEIGHTS
-        and _suits_blocks(x, module.weight)
+        and _suits_blocks(x, module.weight, module.bias)
         and is_plain(module)
         else module(x)
         for module in modules
@@ -53,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     :param bias: (outputs,).
     :returns: (..., outputs).
     """
-    if not (_is_short(x) and _suits_blocks(x, weight)):
+    if not (_is_short(x) and _suits_blocks(x, weight, bias)):
         return F.linear(x, weight, bias)
     return _in_blocks(x, weight, bias)
 
@@ -64,9 +64,9 @@ def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n = outputs // block
     rows = x.reshape(1, -1, inputs).expand(n, -1, -1)
     out = torch.bmm(weight.view(n, block, inputs), rows.mT)  # (n, block, rows)
-    if x.numel() > inputs:
-        out = out.view(outputs, -1).t()
-    out = out.reshape(*x.shape[:-1], outputs)
+    if x.numel() > inputs:  # rows lie one after another, as a linear layer's do
+        out = out.view(outputs, -1).t().contiguous()
+    out = out.view(*x.shape[:-1], outputs)
     return out if bias is None else out + bias
 
 
@@ -76,6 +76,8 @@ def _is_short(x: Tensor) -> bool:
         not torch.compiler.is_compiling()  # first: comparing sizes would become a guard
         and x.is_cpu
         and x.dtype == torch.float32
+        and x.layout == torch.strided
+        and x.dim() > 0
         and 0 < x.numel() <= _MOST_ROWS * x.shape[-1]
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
@@ -86,7 +88,7 @@ def _is_short(x: Tensor) -> bool:
     )
 
 
-def _suits_blocks(x: Tensor, weight: Tensor) -> bool:
+def _suits_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     inputs = weight.shape[-1]
     return (
         torch._C.has_mkl
@@ -98,5 +100,17 @@ def _suits_blocks(x: Tensor, weight: Tensor) -> bool:
         and weight.numel() >= _LEAST_WEIGHTS
         and (inputs <= _LONGEST_ROW or torch.get_num_threads() > 1)
         and math.gcd(weight.shape[0], _BLOCK) >= _LEAST_BLOCK
+        and weight.layout == torch.strided
         and weight.is_contiguous()
+        and (bias is None or _suits_sum(bias, weight))
+    )
+
+
+def _suits_sum(bias: Tensor, weight: Tensor) -> bool:
+    """Whether adding it is what a linear layer does: a sum would take any dtype and shape."""
+    return (
+        type(bias) in (Tensor, nn.Parameter)
+        and bias.shape == weight.shape[:1]
+        and bias.dtype == weight.dtype
+        and bias.is_cpu
     )

@@ -7,7 +7,6 @@ have. Decisions are made in common: each collective is called by all ranks or by
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmo_core.data import IGNORE_INDEX, PackedBatch
+from olmo_core.distributed.launched import join_started
 from olmo_core.distributed.together import from_first_rank, gather, together
 from olmo_core.exceptions import OLMoConfigurationError, OLMoError
 from olmo_core.nn.attention.ring import RingContextParallelStyle, UlyssesContextParallelStyle
@@ -30,33 +30,16 @@ from olmo_core.train.parallel.ranks import Ranks, Tokens
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["ManyRanks", "join", "lost_another", "started_ranks"]
+__all__ = ["ManyRanks", "join", "lost_another"]
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)
 """How long a rank waits for the others."""
 
 
-def started_ranks() -> int:
-    """How many processes ``torchrun``, or a launcher that sets what it sets, has started."""
-    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}
-    return int(os.environ["WORLD_SIZE"]) if launched else 1
-
-
 def join() -> ManyRanks:
-    """Join the other processes that ``torchrun`` has started.
-
-    On GPUs each takes the one of its local rank, and small decisions go through the hosts.
-    """
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    backend = "gloo"
-    if torch.cuda.is_available():
-        devices = torch.cuda.device_count()
-        torch.cuda.set_device(local % devices)
-        # NCCL refuses two ranks on one device; gloo takes CUDA tensors too, by way of the host.
-        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= devices:
-            backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    """Join the other processes that ``torchrun`` has started."""
+    join_started(PATIENCE, on_gpus=torch.cuda.is_available())
     return ManyRanks()
 
 
