@@ -1,19 +1,26 @@
 #!/bin/bash
 # Correctness, then times, on one GPU; each part on its own if named:
-# tests verify layer gated_delta_net gated_delta_rule kernels decode bench. Results go to $OUT as JSON where it is set.
+# tests verify layer gated_delta_net gated_delta_rule kernels decode sharding bench. Results go to $OUT where it is set.
 # All together take some 15 minutes, most of which kernels compile. SETUP names a file to source first.
+# A part is interrupted after LIMIT seconds (300), and then still reports what it has found.
 set -u
 cd "$(dirname "$0")/.."
 [ -n "${SETUP:-}" ] && . "$SETUP"
 export PYTHONPATH=src:${PYTHONPATH:-} PYTHONUNBUFFERED=1
 out=${OUT:-.}
-for part in "${@:-tests verify layer gated_delta_net gated_delta_rule kernels decode bench}"; do
+within="timeout -s INT -k 20 ${LIMIT:-300}"
+for part in "${@:-tests verify layer gated_delta_net gated_delta_rule kernels decode sharding bench}"; do
   for name in $part; do
     case $name in
-      tests) python3 -m pytest -m 'gpu or triton' -q -n 8 -p no:benchmark -p no:cacheprovider tests ;;
-      verify) python3 -m olmo_core verify --device cuda --jobs 8 --json "$out/verify_h100.json" ;;
-      bench) python3 -m olmo_core bench --device cuda --json "$out/bench.json" --plot "$out/bench.png" ;;
-      *) python3 -m "benchmarks.${name}_gpu" ;;
+      # One worker has all tests of ranks: in each, they would fill the GPU's memory with contexts.
+      tests) PYTHONPATH=src:tests:$PYTHONPATH $within python3 -m pytest -m 'gpu or triton' -q -n 8 \
+        --dist loadgroup --tb=short -rf -p no:benchmark -p no:cacheprovider tests 2>&1 | tee "$out/tests.log" ;;
+      verify) $within python3 -m olmo_core verify --device cuda --jobs 8 --json "$out/verify_h100.json" ;;
+      bench) $within python3 -m olmo_core bench --device cuda --json "$out/bench.json" --plot "$out/bench.png" ;;
+      sharding)
+        $within python3 -m benchmarks.context_parallel delta
+        $within python3 -m benchmarks.context_parallel | tee "$out/context_parallel.txt" ;;
+      *) $within python3 -m "benchmarks.${name}_gpu" ;;
     esac
   done
 done
