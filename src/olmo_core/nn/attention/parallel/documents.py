@@ -15,7 +15,7 @@ from olmo_core.nn.attention.parallel.balancers import RingAttentionLoadBalancerT
 from olmo_core.nn.attention.parallel.context import ContextParallel
 from olmo_core.nn.attention.parallel.plan import WHOLE
 from olmo_core.nn.attention.parallel.readings import read
-from olmo_core.nn.lengths import can_be_read, check_cu_doc_lens
+from olmo_core.nn.lengths import can_be_read, check_cu_doc_lens, ends_before
 
 __all__ = ["ShardDocuments", "lengths_of", "read_shard_documents"]
 
@@ -151,7 +151,7 @@ def _from_q_and_k(
     ends = at.index_fill(0, cu_q.long(), True)
     wanted = at.index_fill(0, (whole.clamp(first, first + rows) - first).long(), True)
     wanted[0] = wanted[rows] = True
-    starts = whole[torch.searchsorted(whole, first + cu_q[:-1], right=True) - 1]
+    starts = whole[ends_before(whole, first + cu_q[:-1]) - 1]
     reach = torch.where(cu_q.diff() > 0, first + cu_q[1:] - starts, 0)
     good = (ends == wanted).all() & (cu_k.diff() == reach).all()
     if keys is not None:
