@@ -41,9 +41,10 @@ def cpu_flash_forward(
 ) -> tuple[Tensor, Tensor]:
     """The CPU's flash attention. Causal is top-left; ``mask`` is additive and of q's dtype.
 
-    Empty inputs end the process with SIGFPE, so callers must not pass any.
+    Empty inputs end the process with SIGFPE, and it reads beyond keys of another batch size, so
+    callers must not pass any such.
     """
-    assert q.numel() and k.numel()
+    assert q.numel() and k.numel() and q.shape[0] == k.shape[0] == v.shape[0]
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
         *map(_heads_first, (q, k, v)), 0.0, is_causal, attn_mask=mask, scale=scale
     )
@@ -63,7 +64,7 @@ def cpu_flash_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`cpu_flash_forward`."""
-    assert q.numel() and k.numel()
+    assert q.numel() and k.numel() and q.shape[0] == k.shape[0] == v.shape[0]
     grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *map(_heads_first, (dout, q, k, v, out)),
         lse.contiguous(),  # a permuted view is read as if it were contiguous
