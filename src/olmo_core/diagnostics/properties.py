@@ -239,7 +239,8 @@ def _balanced(style: RingAttentionLoadBalancerType) -> Property:
 
 def _query_heads(layer: SequenceMixer, ranks: int) -> str:
     """Ulysses repeats kv heads, and key heads of the delta net, where it must."""
-    n = int(getattr(layer, "n_v_heads", None) or getattr(layer, "n_heads"))  # noqa: B009
+    counts = layer.tensor_parallel_table().counts
+    n = counts.get("n_v_heads", counts["n_heads"])
     return f"{ranks} ranks can't share {n} heads" if n % ranks else ""
 
 

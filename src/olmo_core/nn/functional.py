@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = ["compute_dtype", "l2_normalize", "largest_row_error", "row_error"]
+__all__ = ["compute_dtype", "l2_normalize", "largest", "largest_row_error", "row_error"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,7 +50,12 @@ def row_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def largest_row_error(got: Iterable[torch.Tensor], want: Iterable[torch.Tensor]) -> float:
-    """The largest :func:`row_error` of some results, an output and its gradients for example; NaN
-    if any of them is."""
-    errors = [row_error(a, b) for a, b in zip(got, want, strict=True)]
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
+    """The :func:`largest` :func:`row_error` of some results, an output and its gradients for
+    example."""
+    return largest(row_error(a, b) for a, b in zip(got, want, strict=True))
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest error; NaN if any is, which Python's max keeps or drops by where it stands."""
+    every = list(errors)
+    return math.nan if any(map(math.isnan, every)) else max(every)

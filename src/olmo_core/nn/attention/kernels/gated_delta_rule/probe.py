@@ -6,7 +6,6 @@ on a small problem of the shapes they are asked for, before they may serve.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from olmo_core.nn.functional import largest
 
 from .torch_backward import chunked_backward
 from .torch_forward import chunked_forward
@@ -56,12 +57,7 @@ class Problem:
 def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
     """The largest norm of a difference over the norm of what is wanted; NaN if any is."""
     pairs = [(a.double(), b.double()) for a, b in zip(got, want, strict=True)]
-    return _largest([((a - b).norm() / b.norm()).item() for a, b in pairs])
-
-
-def _largest(errors: list[float]) -> float:
-    """Python's max keeps or drops a NaN by where it stands."""
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
+    return largest(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -104,7 +100,7 @@ def _try(
 ) -> tuple[bool, str]:
     try:
         cases = (True, False)
-        error = _largest([_error(problem, forward, backward, documents) for documents in cases])
+        error = largest(_error(problem, forward, backward, documents) for documents in cases)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever a compiler or GPU does wrong is the answer
