@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(no_cuda)
         if "slow" in item.keywords and not config.getoption("--run-slow"):
             item.add_marker(slow)
+
+
+@pytest.fixture(autouse=True)
+def _free_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Several workers, and their ranks, share one GPU: none keeps what its tests have used."""
+    yield
+    if torch.cuda.is_available() and {"gpu", "triton"} & {*request.keywords}:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -56,7 +56,8 @@ def torchrun(*args: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", *args]
 
 
-ENVIRONMENT = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+PATHS = filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"}
 
 
 def launch(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:

@@ -57,7 +57,8 @@ def test_lost_ranks_end_and_are_replaced() -> None:
     ranks = Ranks(2)
     folder = Path(ranks._folder)
     assert folder.exists()
-    assert ranks.run(dies)[1] == Failure("died; what it printed last is above")
+    died = "died: exit code 3. What it printed last is above."
+    assert ranks.run(dies)[1] == Failure(died)
     assert not ranks.alive and not folder.exists()
     after = [pid for pid, _ in on_ranks(2, total, 1)]
     assert not set(before) & set(after)

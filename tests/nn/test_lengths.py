@@ -210,6 +210,7 @@ def test_a_compiler_searches_in_no_view(kind: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("kind", [*LAYERS])
 def test_a_compiled_layer_on_a_gpu(kind: str) -> None:
     """Output and gradients, documents included, are the eager layer's."""

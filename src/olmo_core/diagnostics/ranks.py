@@ -7,6 +7,7 @@ any other; a rank that dies, or that does not answer in time, ends all of them.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib
 import importlib.util
 import multiprocessing
@@ -25,7 +26,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Failure", "Ranks", "without_interrupts"]
+__all__ = ["Failure", "Ranks", "end_of", "without_interrupts"]
 
 # A fork would inherit torch's threads and locks.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -95,8 +96,9 @@ class Ranks:
                 try:
                     answers[rank] = pipe.recv()
                 except EOFError:
+                    how = end_of(self._processes[rank])
                     self.end()
-                    answers[rank] = Failure("died; what it printed last is above")
+                    answers[rank] = Failure(f"died: {how}. What it printed last is above.")
             if not ready:
                 self.end()
                 lost = Failure(f"no answer in {timeout:g} s")
@@ -111,6 +113,13 @@ class Ranks:
             process.join()
         shutil.rmtree(self._folder, ignore_errors=True)
         atexit.unregister(self.end)
+
+
+def end_of(process: BaseProcess) -> str:
+    """How a process that has closed its pipe ended: a signal's name, or its exit code."""
+    process.join(1)  # its pipe closes a moment before
+    code = process.exitcode or 0
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 @contextmanager
@@ -131,6 +140,7 @@ def _serve(pipe: Connection, rank: int, n: int, store: str, patience: float) -> 
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()  # a library that crashes says where
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=n,

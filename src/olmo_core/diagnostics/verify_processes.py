@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from olmo_core.diagnostics.ranks import without_interrupts
+from olmo_core.diagnostics.ranks import end_of, without_interrupts
 from olmo_core.diagnostics.sharded import end_ranks
 from olmo_core.diagnostics.verify import Cell, Outcome, run
 
@@ -75,8 +75,9 @@ def run_in_processes(
                     outcome: Outcome = worker.pipe.recv()
                 except EOFError:  # it died
                     workers.remove(worker)
-                    worker.process.join()
-                    yield Outcome(worker.cells.popleft(), "failed", reasons=(_death(worker),))
+                    how = f"its process died: {end_of(worker.process)}."
+                    reasons = (f"{how} What it printed last is above.",)
+                    yield Outcome(worker.cells.popleft(), "failed", reasons=reasons)
                     if worker.cells:
                         groups.appendleft(list(worker.cells))
                     continue
@@ -120,9 +121,3 @@ def _work(pipe: Connection, device: torch.device, threads: int, run: Run) -> Non
         for outcome in run(cells, device):
             pipe.send(outcome)
         end_ranks()  # they have their part of a GPU's memory
-
-
-def _death(worker: _Worker) -> str:
-    code = worker.process.exitcode or 0
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"its process died: {how}. What it printed last is above."

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["get_full_tensor", "get_rank", "get_world_size", "is_distributed", "local_part"]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = [
+    "get_full_tensor",
+    "get_rank",
+    "get_world_size",
+    "goes_over_gloo",
+    "is_distributed",
+    "local_part",
+]
 
 
 def is_distributed() -> bool:
@@ -33,9 +43,25 @@ def get_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
     A collective for a sharded ``DTensor``: every rank of its mesh has to call it.
     """
-    # Looked up by name: importing torch.distributed.tensor takes longer than this library does.
-    full_tensor: Any = getattr(tensor, "full_tensor", None)
-    return full_tensor() if full_tensor is not None else tensor
+    # Known by name: importing torch.distributed.tensor takes longer than this library does.
+    sharded: Any = tensor
+    if getattr(sharded, "full_tensor", None) is None:
+        return tensor
+    if sharded.device.type != "cpu" and goes_over_gloo(sharded.device_mesh):
+        # With a GPU's memory gloo's gathering of DTensors ends the process.
+        whole: torch.Tensor = sharded.cpu().full_tensor()
+        return whole.to(sharded.device)
+    whole = sharded.full_tensor()
+    return whole
+
+
+def goes_over_gloo(mesh: DeviceMesh) -> bool:
+    """Whether messages of a mesh's tensors go over gloo: its ranks share a GPU, or have none.
+
+    :param mesh: Of any number of dimensions.
+    """
+    group = mesh.get_group(0)
+    return f"{mesh.device_type}:gloo" in dist.get_backend_config(group).split(",")
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

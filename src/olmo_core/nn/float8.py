@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from olmo_core.distributed.utils import goes_over_gloo
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -44,7 +46,7 @@ def float8_styles(
             f"float8_enabled=True, but none of {kind}'s projections ({', '.join(linears)}) is a "
             "float8 one. Call torchao.float8.convert_to_float8_training on it first."
         )
-    if output_layout is not None and output_layout.is_shard() and _goes_over_gloo(mesh):
+    if output_layout is not None and output_layout.is_shard() and goes_over_gloo(mesh):
         raise RuntimeError(
             "gloo can't gather float8 tensors, such as the gradients of a sharded output. Use "
             "output_layout=None, float8_enabled=False, or ranks on GPUs (NCCL)."
@@ -57,12 +59,6 @@ def float8_styles(
                 "own scaling."
             )
     return dict.fromkeys(float8, (Float8ColwiseParallel, Float8RowwiseParallel))
-
-
-def _goes_over_gloo(mesh: DeviceMesh) -> bool:
-    from torch.distributed import get_backend_config
-
-    return f"{mesh.device_type}:gloo" in get_backend_config(mesh.get_group()).split(",")
 
 
 def _odd_scaling(config: Any) -> str:

@@ -60,7 +60,8 @@ def of_span(inputs: dict[str, Tensor], cu: Tensor | None = None) -> dict[str, Te
     *tensors, initial = inputs.values()
     tokens = tensors[0].shape[1]
     inner = [] if cu is None else sorted({*cu.tolist()} - {0, tokens})
-    cu = torch.tensor([0, *inner, tokens], dtype=torch.int32) if inner else None
+    ends = torch.tensor([0, *inner, tokens], dtype=torch.int32, device=initial.device)
+    cu = ends if inner else None
     dout, dfinal, matrix = cotangents(inputs)
     seen: list[Tensor] = []
 
