@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,19 @@ def apart(a: list[float], b: list[float]) -> float:
 
 def compare(folder: Path, device: str, styles: dict[str, list[str]]) -> None:
     """Ranks in bfloat16 are as near to one process as that is to float32."""
-    half = [f"device={device}", "autocast=bfloat16"]
-    alone = losses(folder, "alone", 1, *half)
-    spread = apart(alone, losses(folder, "exact", 1, f"device={device}"))
-    found = {name: apart(alone, losses(folder, name, 2, *o, *half)) for name, o in styles.items()}
-    assert max(found.values()) <= 2 * max(spread, 1e-3), (found, spread)
+    on, half = [f"device={device}"], ["autocast=bfloat16"]
+    runs = {name: (2, [*options, *on, *half]) for name, options in styles.items()}
+    runs |= {"alone": (1, [*on, *half]), "exact": (1, on)}
+    with ThreadPoolExecutor() as pool:
+        started = {
+            name: pool.submit(losses, folder, name, n, *options)
+            for name, (n, options) in runs.items()
+        }
+    found = {name: run.result() for name, run in started.items()}
+    alone = found.pop("alone")
+    spread = apart(alone, found.pop("exact"))
+    differences = {name: apart(alone, losses) for name, losses in found.items()}
+    assert max(differences.values()) <= 2 * max(spread, 1e-3), (differences, spread)
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from olmo_core.distributed.utils import goes_over_gloo
 from olmo_core.nn.float8 import float8_styles
 from olmo_core.nn.sharded import is_sharded
 from olmo_core.nn.sum_over_ranks import sum_over_ranks
@@ -124,10 +125,19 @@ class SharesWidth(nn.Module):
             don't follow a projection's scaling.
         :raises TypeError: If ``tp_mesh`` is no mesh.
         :raises RuntimeError: If the layer is dealt already, has a decoding cache or parameters that
-            no rank's part is known of, or if torchao, or a float8 projection, is missing.
+            no rank's part is known of, if torchao, or a float8 projection, is missing, or if a
+            layout is sharded and the ranks share a GPU.
         """
         whole = use_local_output and (output_layout is None or output_layout.is_replicate())
         place = TensorParallel.from_mesh(tp_mesh, whole_output=whole)
+        if tp_mesh.device_type != "cpu" and goes_over_gloo(tp_mesh):
+            for name, layout in (("input", input_layout), ("output", output_layout)):
+                if layout is not None and layout.is_shard():
+                    raise RuntimeError(
+                        f"{name}_layout={layout} needs a GPU for each rank (NCCL): these ranks' "
+                        "messages go over gloo, whose gathering of DTensors in a GPU's memory "
+                        f"ends the process. Use {name}_layout=None."
+                    )
         self.check_tp(place)
         table = self.tensor_parallel_table()
         if float8_enabled and not table.float8:

@@ -18,6 +18,7 @@ from nn.attention.parallel.schedules import (
     int32,
     own_rows,
 )
+from olmo_core.distributed.utils import get_full_tensor
 from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment, Request, refusals
 from olmo_core.nn.attention.segments import Segments
@@ -86,3 +87,17 @@ def test_a_kernel_errs_like_one_rank(
         # dk and dv travel in bf16: a rounding more than on one rank, where roundings are all there
         # is sqrt(2) times the error.
         assert max(ratios[:2]) <= bound and max(ratios[2:]) <= 1.5, ratios
+
+
+def put_together(rank: int, n: int) -> list[float]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mine = torch.full((2,), float(rank), device="cuda")
+    whole = get_full_tensor(DTensor.from_local(mine, init_device_mesh("cuda", (n,)), [Shard(0)]))
+    assert whole.is_cuda
+    return whole.tolist()
+
+
+def test_a_whole_tensor_of_ranks_that_share_a_gpu() -> None:
+    assert on_ranks(2, put_together) == [[0.0, 0.0, 1.0, 1.0]] * 2

@@ -118,6 +118,7 @@ def test_a_meta_build_starts_at_the_whole_layers_weights() -> None:
 
 
 def refusals(rank: int, n: int) -> None:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard
 
     mesh = mesh_of(n)
@@ -135,6 +136,10 @@ def refusals(rank: int, n: int) -> None:
         layer.apply_tp(2)
     with pytest.raises(ValueError, match="one dimension, got 2"):
         layer.apply_tp(mesh_of(1, n, names=("dp", "tp")))
+    on_one_gpu = DeviceMesh("cuda", list(range(n)))  # over gloo: nothing else is built in
+    for name in ("input_layout", "output_layout"):
+        with pytest.raises(RuntimeError, match=rf"{name}=S.*\(1\).* needs a GPU for each rank"):
+            layer.apply_tp(on_one_gpu, **{name: Shard(1)})
     for name in ("ngpt", "gva", "swiglu"):
         layer = make(name)
         with pytest.raises(RuntimeError, match="float8_enabled=True"):
