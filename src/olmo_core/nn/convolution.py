@@ -88,15 +88,17 @@ class CausalConv1d(nn.Module):
         :returns: (B, T, C), in x's dtype.
         :raises ValueError: If shapes do not fit.
         """
-        self._check(x, cu_doc_lens, state)
+        weight, bias = local(self.weight), local(self.bias)
+        self._check(x, weight, cu_doc_lens, state)
         if state is not None and cu_doc_lens is None and x.shape[1] == 1 and not x.is_cuda:
             return self._last(torch.cat((state.to(x.dtype), x), 1))
         silu = self.activation == "silu"
-        weight, bias = local(self.weight), local(self.bias)
         return causal_conv1d(x, weight, bias, cu_doc_lens=cu_doc_lens, silu=silu, state=state)
 
-    def _check(self, x: Tensor, cu_doc_lens: Tensor | None, state: Tensor | None) -> None:
-        channels = local(self.weight).shape[0]  # under tensor parallelism, this rank's
+    def _check(
+        self, x: Tensor, weight: Tensor, cu_doc_lens: Tensor | None, state: Tensor | None
+    ) -> None:
+        channels = weight.shape[0]  # under tensor parallelism, this rank's
         if x.dim() != 3 or x.shape[-1] != channels:
             raise ValueError(
                 f"Expected an input (batch, tokens, {channels}), got {tuple(x.shape)}."
@@ -168,12 +170,11 @@ def convolve_together(
     if any(is_heard(conv) for conv in convolutions) or (one_token and not xs[0].is_cuda):
         each = zip(convolutions, xs, states, strict=True)
         return [conv(x, cu_doc_lens, state=state) for conv, x, state in each]
+    streams = []
     for conv, x, state in zip(convolutions, xs, states, strict=True):
-        conv._check(x, cu_doc_lens, state)
-    streams = [
-        (x, local(conv.weight), local(conv.bias), state)
-        for conv, x, state in zip(convolutions, xs, states, strict=True)
-    ]
+        weight = local(conv.weight)
+        conv._check(x, weight, cu_doc_lens, state)
+        streams.append((x, weight, local(conv.bias), state))
     return convolve_streams(streams, cu_doc_lens, convolutions[0].activation == "silu", checked)
 
 

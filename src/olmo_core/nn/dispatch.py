@@ -273,9 +273,11 @@ def is_observed(inputs: Sequence[Any]) -> bool:
     meta tensor."""
     if torch.compiler.is_compiling():
         return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return True
-    if _is_transformed():
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return True
     for x in inputs:
         kind = type(x)

@@ -66,10 +66,12 @@ def check_cu_doc_lens(
             f"The longest document must be an int, got {type(max_doc_len).__name__}. "
             "A tensor here would make every step wait for the device: use int(...)."
         )
-    if _host_checks(cu, (total, max_doc_len)):
+    readable, waits, bounds = can_be_read(cu), _waits(cu), (total, max_doc_len)
+    if readable and not (waits and bounds in _READ.get(cu, ())):
         _check_values(host_lengths(cu), total, max_doc_len, name)
-        _note(cu, (total, max_doc_len))
-    if _device_checks(cu):
+        if waits:
+            _READ.setdefault(cu, set()).add(bounds)
+    if waits or not readable:
         lengths = cu.diff()
         good = (lengths >= 0).all() & (cu[0] == 0) & (cu[-1] == total)
         if max_doc_len is not None:
@@ -113,29 +115,16 @@ def check_leftpad(leftpad: Tensor, batch: int, longest: int) -> None:
         raise TypeError(f"cache_leftpad must be a torch.int32 tensor, got {got}.")
     if leftpad.shape != (batch,):
         raise ValueError(f"cache_leftpad must have shape ({batch},), got {tuple(leftpad.shape)}.")
-    if _host_checks(leftpad, (longest,)):
+    readable, waits = can_be_read(leftpad), _waits(leftpad)
+    if readable and not (waits and (longest,) in _READ.get(leftpad, ())):
         values = host_lengths(leftpad)
         if not all(0 <= n <= longest for n in values):
             raise ValueError(f"cache_leftpad must be in [0, {longest}], got {_short(values)}.")
-        _note(leftpad, (longest,))
-    if _device_checks(leftpad):
+        if waits:
+            _READ.setdefault(leftpad, set()).add((longest,))
+    if waits or not readable:
         good = ((leftpad >= 0) & (leftpad <= longest)).all()
         torch._assert_async(good, "cache_leftpad is negative or longer than the row")
-
-
-def _host_checks(lengths: Tensor, bounds: tuple[int | None, ...]) -> bool:
-    if not can_be_read(lengths):
-        return False
-    return not _waits(lengths) or bounds not in _READ.get(lengths, ())
-
-
-def _note(lengths: Tensor, bounds: tuple[int | None, ...]) -> None:
-    if _waits(lengths):
-        _READ.setdefault(lengths, set()).add(bounds)
-
-
-def _device_checks(lengths: Tensor) -> bool:
-    return _waits(lengths) or not can_be_read(lengths)
 
 
 def _waits(lengths: Tensor) -> bool:

@@ -33,7 +33,9 @@ def local(parameter: T, like: Tensor | None = None) -> T:
     :raises RuntimeError: If it is sharded over more than one dimension of ranks: by FSDP, which has
         not gathered it.
     """
-    if parameter is None or not is_sharded(parameter) or is_sharded(like):
+    if parameter is None or type(parameter) is nn.Parameter:  # as almost always
+        return parameter
+    if not is_sharded(parameter) or is_sharded(like):
         return parameter
     if len(parameter.placements) != 1:  # type: ignore[attr-defined]
         raise RuntimeError(

@@ -284,7 +284,7 @@ class ScaledDotProductAttention(SharesSequences):
         if torch.are_deterministic_algorithms_enabled():
             features = (*features, Feature.deterministic)
         name = None if self.name is None else str(self.name)
-        asked = tuple(str(f) for f in features)
+        asked = tuple(f.value for f in features)
         return kernel_for(name, q.device, dtype, self.head_dim, asked, self.fallback)
 
     def _attend(

@@ -71,7 +71,8 @@ class Segments:
         """Both cumulative lengths as ints, for kernels that loop on the host."""
         if self.cu_q is None or self.cu_k is None:
             return [0, n_q], [0, n_k]
-        return host_lengths(self.cu_q), host_lengths(self.cu_k)
+        cu_q = host_lengths(self.cu_q)
+        return cu_q, cu_q if self.cu_k is self.cu_q else host_lengths(self.cu_k)
 
     def materialize(self, n_q: int, n_k: int) -> Tensor:
         """The mask as a dense ``(n_q, n_k)`` bool tensor, True where a query sees a key.
