@@ -133,6 +133,15 @@ def _fla(device: torch.device) -> tuple[str, str]:
     return metadata.version("flash-linear-attention"), "" if usable else why
 
 
+def _flash_qla(device: torch.device) -> tuple[str, str]:
+    if find_spec("flash_qla") is None:
+        return "", 'not installed: pip install "olmo-attention[flash-qla]"'
+    from olmo_core.nn.attention.kernels.gated_delta_rule.flash_qla import flash_qla_usable
+
+    usable, why = flash_qla_usable(device)
+    return metadata.version("flash-qla"), "" if usable else why
+
+
 def _matplotlib(device: torch.device) -> tuple[str, str]:
     if find_spec("matplotlib") is None:
         return "", "not installed"
@@ -163,6 +172,12 @@ EXTRAS: dict[str, tuple[str, Probe, str]] = {
     "convolution": ("gated delta net's convolution in one pass", _convolution, _NOTHING),
     "gates": ("gates and gated norms in one pass", _gates, _NOTHING),
     "fla": ("gated delta net, elsewhere", _fla, _NOTHING),
+    "flash_qla": (
+        "gated delta net without gradients, where it measured faster; compiles 10-60 s a kernel "
+        "at first; excludes flash-attn 4",
+        _flash_qla,
+        _NOTHING,
+    ),
     "matplotlib": ("plots of train and bench", _matplotlib, 'pip install "olmo-attention[plot]"'),
     "transformers": ("Hugging Face checkpoints", _transformers, 'pip install "olmo-attention[hf]"'),
 }

@@ -332,8 +332,9 @@ def test_the_choice_of_the_rule_has_a_reason(monkeypatch: pytest.MonkeyPatch) ->
     assert choice.name == "fla" and "not triton, since no kernels" in str(choice)
     assert "half precision, not torch.float32" in str(layer.choose_rule(q.float(), v.float()))
     assert "not fla, since not here" in str(layer.choose_rule(q, v[:, :, :2]))
-    fla = dataclasses.replace(rules.RULES[1], run=lambda *_, **__: (_[2] * 0, None))
-    monkeypatch.setattr(rules, "RULES", (rules.RULES[0], fla, rules.RULES[2]))
+    flash_qla, triton, fla, plain = rules.RULES
+    fla = dataclasses.replace(fla, run=lambda *_, **__: (_[2] * 0, None))
+    monkeypatch.setattr(rules, "RULES", (flash_qla, triton, fla, plain))
     assert not layer(torch.randn(1, 5, D_MODEL).bfloat16()).any()
 
 

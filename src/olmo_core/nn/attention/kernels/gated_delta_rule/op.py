@@ -100,7 +100,7 @@ def gated_delta_rule(
     :raises ValueError: If shapes, dtypes, devices or lengths do not fit together.
     :raises TypeError: If ``cu_doc_lens`` is not int32.
     """
-    _check_inputs(q, k, v, g, beta, initial_state, cu_doc_lens, scale)
+    check_inputs(q, k, v, g, beta, initial_state, cu_doc_lens, scale)
     q, k, v = cast_for_autocast(q, k, v)
     inputs = (q, k, v, g, beta, initial_state)
     batch, tokens = q.shape[:2]
@@ -116,7 +116,7 @@ def gated_delta_rule(
     return (out if cu_doc_lens is None else out.view(batch, tokens, *out.shape[2:])), state
 
 
-def _check_inputs(
+def check_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from olmo_core.nn.functional import largest
 from .torch_backward import chunked_backward
 from .torch_forward import chunked_forward
 
-__all__ = ["BOUND", "Problem", "relative_error", "try_kernels"]
+__all__ = ["BOUND", "Problem", "apart", "relative_error", "try_kernels"]
+
+R = TypeVar("R")
 
 # Twice what bfloat16 rounding of inputs, states and results leaves on the problem.
 BOUND = 3e-2
@@ -37,20 +39,24 @@ class Problem:
     value_dim: int
     group: int
     """Value heads per key head."""
+    key_heads: int = 2
+    batch: int = 1
 
     def inputs(self) -> tuple[list[Tensor], Tensor, Tensor]:
-        """q, k, v, g and beta of two documents, their cumulative lengths, and an output's
+        """q, k, v, g and beta of two documents a row, their cumulative lengths, and an output's
         gradient."""
         generator = torch.Generator().manual_seed(0)
 
         def randn(*shape: int) -> Tensor:
-            return torch.randn((1, _TOKENS, *shape), generator=generator).to(self.device)
+            size = (self.batch, _TOKENS, *shape)
+            return torch.randn(size, generator=generator).to(self.device)
 
-        heads, values = 2, 2 * self.group
+        heads, values = self.key_heads, self.key_heads * self.group
         shapes = (heads, self.key_dim), (heads, self.key_dim), (values, self.value_dim)
         halves = [randn(*shape).to(self.dtype) for shape in shapes]
         gates = [-randn(values).abs(), randn(values).sigmoid()]
-        cu = torch.tensor([0, 70, _TOKENS], dtype=torch.int32, device=self.device)
+        ends = [row * _TOKENS + end for row in range(self.batch) for end in (70, _TOKENS)]
+        cu = torch.tensor([0, *ends], dtype=torch.int32, device=self.device)
         return [*halves, *gates], cu, randn(values, self.value_dim).to(self.dtype)
 
 
@@ -65,34 +71,38 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def apart(device: torch.device, work: Callable[[], R]) -> R:
+    """What ``work`` returns or raises in a thread of its own with ``device`` current: no mode of
+    the caller's is at work there, neither fake tensors nor autocast nor inference."""
+    results: list[R] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with on_device(device):
+                results.append(work())
+        except BaseException as e:
+            errors.append(e)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
 def try_kernels(
     problem: Problem, forward: Callable[..., Any], backward: Callable[..., Any]
 ) -> tuple[bool, str]:
     """Whether kernels agree with the torch form, with documents and without, and the sentence that
     says so.
 
-    In a thread of its own, where no mode of the caller's is at work: fake tensors, autocast.
-
     :param forward: Like :func:`.torch_forward.chunked_forward`.
     :param backward: Like :func:`.torch_backward.chunked_backward`.
     :raises torch.OutOfMemoryError: If there was no memory for it.
     """
-    results: list[tuple[bool, str] | BaseException] = []
-
-    def work() -> None:
-        try:
-            with on_device(problem.device):
-                results.append(_try(problem, forward, backward))
-        except BaseException as e:
-            results.append(e)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    (result,) = results
-    if isinstance(result, BaseException):
-        raise result
-    return result
+    return apart(problem.device, lambda: _try(problem, forward, backward))
 
 
 def _try(

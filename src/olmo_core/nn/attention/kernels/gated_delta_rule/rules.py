@@ -10,6 +10,7 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels.table import Choice, Row, choose
 
 from .fla import fla_gated_delta_rule, fla_usable
+from .flash_qla import flash_qla_gated_delta_rule, flash_qla_refusal
 from .op import gated_delta_rule
 from .triton_rule import unsupported
 
@@ -31,11 +32,18 @@ def _refusal(q: Tensor, v: Tensor) -> str | None:
 
 
 RULES: tuple[Row[Rule], ...] = (
+    Row(
+        "flash_qla",
+        flash_qla_gated_delta_rule,
+        "it measured faster for such a call, and its probe agrees with torch; its kernels compile "
+        "for 10 to 60 s each when they are first needed, and are kept on disk",
+        flash_qla_refusal,
+    ),
     Row("triton", gated_delta_rule, "its kernels serve these inputs here", _refusal),
     Row("fla", fla_gated_delta_rule, "its probe agrees with torch, both ways", _fla_refusal),
     Row("torch", gated_delta_rule, "runs anywhere, in any dtype"),
 )
-"""The op runs Triton kernels or plain torch by itself; fla's function stands beside it."""
+"""The op runs Triton kernels or plain torch by itself; the others' functions stand beside it."""
 
 
 def choose_rule(q: Tensor, v: Tensor) -> Choice[Rule]:
