@@ -1,6 +1,7 @@
 #!/bin/bash
 # Correctness, then times, on one GPU; each part on its own if named:
 # tests verify layer gated_delta_net gated_delta_rule kernels decode sharding bench. Results go to $OUT where it is set.
+# flash_qla only if named: its packages exclude those of flash-attn 4, so it has an environment of its own.
 # All together take some 15 minutes, most of which kernels compile. SETUP names a file to source first.
 # A part is interrupted after LIMIT seconds (300), and then still reports what it has found.
 set -u

@@ -43,7 +43,8 @@ def stand_in(
     assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
     assert q.shape[3] == k.shape[3] == v.shape[3] == 128 and v.shape[2] % k.shape[2] == 0
     assert g.dtype == beta.dtype == torch.float32 and g.shape == beta.shape == v.shape[:3]
-    assert all(x.is_contiguous() for x in (q, k, v, g, beta))
+    given_ = [x for x in (q, k, v, g, beta, initial_state) if x is not None]
+    assert all(x.stride() == torch.empty(x.shape).stride() for x in given_)
     assert output_final_state and not (auto_cp or head_first or state_v_first or force_intra_cp)
     assert isinstance(scale, float) and not torch.is_autocast_enabled("cpu")
     spans = [(row, 0, q.shape[1]) for row in range(q.shape[0])]

@@ -72,9 +72,9 @@ def flash_qla_gated_delta_rule(
         from flash_qla import chunk_gated_delta_rule
 
         out, states = chunk_gated_delta_rule(
-            *(x.contiguous() for x in (q, k, v, g.float(), beta.float())),
+            *map(_packed, (q, k, v, g.float(), beta.float())),
             scale=_DIM**-0.5 if scale is None else float(scale),
-            initial_state=state,
+            initial_state=None if state is None else _packed(state),
             output_final_state=True,
             use_qk_l2norm_in_kernel=normalize_qk,
             cu_seqlens=ends,
@@ -82,20 +82,27 @@ def flash_qla_gated_delta_rule(
         )
     for result in (out, states):
         if result.requires_grad:
-            result.register_hook(_refuse_second_derivative)
+            result.register_hook(_incoming)
     if ends is not None:
         states = states[-1:]
     states = states.unflatten(1, (shape[2], parts)).transpose(2, 3).flatten(3)
     return out.reshape(shape), states
 
 
-def _refuse_second_derivative(grad: Tensor) -> None:
-    """FlashQLA's backward would leave out, without a word, what depends on its inputs."""
+def _packed(x: Tensor) -> Tensor:
+    """Contiguous to those too who look at the strides of dimensions of size 1."""
+    return x.contiguous().flatten().view(x.shape)
+
+
+def _incoming(grad: Tensor) -> Tensor:
+    """What FlashQLA's backward is given: of its gradients it would leave out, without a word, what
+    depends on its inputs."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "FlashQLA is differentiable once, and create_graph asks for a second derivative. For "
             "double backward use gated_delta_rule_reference."
         )
+    return _packed(grad)
 
 
 def _shape_refusal(q: Tensor, v: Tensor) -> str | None:
@@ -141,14 +148,15 @@ def flash_qla_refusal(q: Tensor, v: Tensor) -> str | None:
 
 def flash_qla_usable(device: torch.device | str) -> tuple[bool, str]:
     """Whether :func:`flash_qla_gated_delta_rule` computes correctly here, forward and backward, and
-    why (not). Never raises; compiles for minutes when first asked.
+    why (not): in the heads that were measured. Never raises; compiles for minutes when first asked.
     """
     device = torch.device(device)
     if device.type != "cuda":
         return False, f"it runs on CUDA devices, not on {device.type}"
     if (reason := machine_refusal(device)) is not None:
         return False, reason
-    return _probe(Problem(device, torch.bfloat16, _DIM, 2 * _DIM, 2), True)
+    problem = Problem(device, torch.bfloat16, _DIM, 2 * _DIM, 1, key_heads=16, batch=2)
+    return _probe(problem, True)
 
 
 _PROBED: dict[tuple[Problem, bool], tuple[bool, str]] = {}
