@@ -70,8 +70,9 @@ def test_outputs_states_and_gradients(case: str) -> None:
         leaves = [(x.double() if wide else x).requires_grad_() for x in inputs]
         state = leaves[5] if with_state else None
         out, final = rule(*leaves[:5], initial_state=state, **options)
-        dout = torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out).to(out.dtype)
-        grads = torch.autograd.grad([out, final], leaves, [dout, torch.full_like(final, 0.1)])
+        dout = torch.linspace(-1, 1, out.numel(), device="cuda").bfloat16().view_as(out)
+        weights = [dout.to(out.dtype), torch.full_like(final, 0.1)]
+        grads = torch.autograd.grad([out, final], leaves, weights)
         results.append([out, final, *grads])
         if not wide:  # as the table chooses it
             with torch.no_grad():

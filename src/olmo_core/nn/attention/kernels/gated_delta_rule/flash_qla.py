@@ -94,15 +94,17 @@ def _packed(x: Tensor) -> Tensor:
     return x.contiguous().flatten().view(x.shape)
 
 
-def _incoming(grad: Tensor) -> Tensor:
-    """What FlashQLA's backward is given: of its gradients it would leave out, without a word, what
-    depends on its inputs."""
+def _incoming(grad: Tensor | None) -> Tensor | None:
+    """What FlashQLA's backward is given of an output, None if only the other one has a gradient.
+
+    Of its own gradients it would leave out, without a word, what depends on its inputs.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(
             "FlashQLA is differentiable once, and create_graph asks for a second derivative. For "
             "double backward use gated_delta_rule_reference."
         )
-    return _packed(grad)
+    return None if grad is None else _packed(grad)
 
 
 def _shape_refusal(q: Tensor, v: Tensor) -> str | None:

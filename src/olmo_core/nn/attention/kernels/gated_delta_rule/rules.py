@@ -47,7 +47,10 @@ RULES: tuple[Row[Rule], ...] = (
 
 
 def choose_rule(q: Tensor, v: Tensor) -> Choice[Rule]:
-    """The implementation for inputs like ``q`` (B, T, H, K) and ``v`` (B, T, HV, V), and why."""
+    """The implementation for inputs like ``q`` (B, T, H, K) and ``v`` (B, T, HV, V), and why.
+
+    It may be another where gradients are recorded than under ``no_grad``, with other rounding.
+    """
     if torch.compiler.is_compiling():
         return Choice(RULES[-1], "one op of a compiled graph, which runs what suits it")
     return choose(RULES, q, v)
