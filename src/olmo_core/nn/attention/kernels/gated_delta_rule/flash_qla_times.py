@@ -57,8 +57,8 @@ def worth_it(q: Tensor, v: Tensor, needs_grad: bool) -> str | None:
     work = "forward and backward" if needs_grad else "forward without gradients"
     if not known:
         return (
-            f"it has no time of {work} for {batch} x {tokens} tokens, {key_heads} key and "
-            f"{value_heads} value heads of {value_dim}"
+            f"no measurement speaks for {work} of {batch} x {tokens} tokens with {key_heads} key "
+            f"and {value_heads} value heads of {value_dim}"
         )
     most = max(known, key=Measured.size)
     if most.flash_qla_ms <= _GAIN * most.triton_ms:

@@ -1,0 +1,53 @@
+"""What FlashQLA needs of a machine, found out without an import."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from olmo_core.nn.attention.kernels.gated_delta_rule import flash_qla_machine as machine
+
+
+def test_a_machine_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"flash_qla", "tilelang"}
+    versions = {"apache-tvm-ffi": "0.1.12", "nvidia-cuda-nvcc": "13.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise machine.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(machine, "find_spec", lambda name: name if name in here else None)
+    monkeypatch.setattr(machine.metadata, "version", version)
+    monkeypatch.setattr(
+        machine.metadata, "requires", lambda name: ["torch", "apache-tvm-ffi<0.1.13,>=0.1.11"]
+    )
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.setenv(name, "/nowhere")
+    ask = machine._package_refusal.__wrapped__
+    monkeypatch.delitem(sys.modules, "flash_qla", raising=False)
+    assert ask() is None
+    for missing in sorted(here):
+        here.discard(missing)
+        assert 'pip install "olmo-attention[flash-qla]"' in ask()
+        here.add(missing)
+    versions["apache-tvm-ffi"] = "0.1.15.post2"
+    assert "older than 0.1.13, and 0.1.15.post2 is here, as flash-attn 4" in ask()
+    del versions["apache-tvm-ffi"]
+    assert ask() == "it needs apache-tvm-ffi, which is not installed"
+    versions["apache-tvm-ffi"] = "0.1.12"
+    del versions["nvidia-cuda-nvcc"]
+    assert "compiles with nvcc, and there is none: set CUDA_HOME" in ask()
+    assert not {"flash_qla", "tilelang"} & set(sys.modules)
+
+
+def test_nvcc_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert not machine._has_nvcc()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    assert machine._has_nvcc()
