@@ -16,9 +16,11 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -159,27 +161,33 @@ def compile_all() -> dict[str, Any]:
     """Seconds until each part was there, all started at once; caches on disk keep the kernels."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.flash_qla_gpu", "part"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # not as many pools as processes
-    processes = {
-        part: subprocess.Popen([*command, str(i)], env=env, **pipes) for i, part in enumerate(PARTS)
-    }
     seconds: dict[str, Any] = {}
-    for part, process in processes.items():
-        left = max(1.0, LIMIT_S - (time.perf_counter() - start))
-        try:
-            said, _ = process.communicate(timeout=left)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said, _ = process.communicate()
-        name = f"{part.stage}, {part.value_heads} value heads"
-        name += ", documents" * part.documents + ", state" * part.state
-        took = re.search(r"^compiled in ([\d.]+) s$", said, re.MULTILINE)
-        lines = said.strip().splitlines() or ["nothing said"]
-        seconds[name] = float(took[1]) if took else f"failed: {lines[-1][:150]}"
-        print(f"{name:48s} {seconds[name]}", flush=True)
-        if took is None:
-            print("\n".join(lines[-12:]), flush=True)
+    with tempfile.TemporaryDirectory() as folder:  # a pipe would fill, and stop who writes to it
+        logs = [Path(folder, str(i)) for i in range(len(PARTS))]
+        processes = []
+        for i, path in enumerate(logs):
+            with path.open("wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [*command, str(i)], env=env, stdout=log, stderr=subprocess.STDOUT
+                    )
+                )
+        for part, process, path in zip(PARTS, processes, logs):
+            try:
+                process.wait(max(1.0, LIMIT_S - (time.perf_counter() - start)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            name = f"{part.stage}, {part.value_heads} value heads"
+            name += ", documents" * part.documents + ", state" * part.state
+            said = path.read_text(errors="replace")
+            took = re.search(r"^compiled in ([\d.]+) s$", said, re.MULTILINE)
+            lines = said.strip().splitlines() or ["nothing said"]
+            seconds[name] = float(took[1]) if took else f"failed: {lines[-1][:150]}"
+            print(f"{name:48s} {seconds[name]}", flush=True)
+            if took is None:
+                print("\n".join(line[:200] for line in lines[-12:]), flush=True)
     return {"all": round(time.perf_counter() - start, 1), **seconds}
 
 

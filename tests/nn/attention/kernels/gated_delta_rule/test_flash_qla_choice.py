@@ -117,6 +117,16 @@ def test_gradients_count_where_they_are_recorded(gpu: dict[str, Any]) -> None:
     assert flash_qla.flash_qla_refusal(q, replace(v, requires_grad=True)) is not None
 
 
+def test_the_dtype_of_autocast_is_what_was_probed(gpu: dict[str, Any]) -> None:
+    cpu = torch.device("cpu")  # whose autocast can be had anywhere
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flash_qla.flash_qla_refusal(*on_gpu(device=cpu)) is None
+        assert len(gpu["probes"]) == 1
+        reason = flash_qla.flash_qla_refusal(*on_gpu(device=cpu, dtype=torch.float16))
+    assert reason == "autocast makes torch.bfloat16 of inputs of torch.float16"
+    assert len(gpu["probes"]) == 1
+
+
 @pytest.mark.usefixtures("gpu")
 def test_who_must_see_one_op_does(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.flop_counter import FlopCounterMode

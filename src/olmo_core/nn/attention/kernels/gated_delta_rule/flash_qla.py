@@ -131,11 +131,15 @@ def flash_qla_refusal(q: Tensor, v: Tensor) -> str | None:
     """
     if not q.is_cuda:
         return f"it runs on CUDA devices, not on {q.device.type}"
-    reason = machine_refusal(q.device) or _shape_refusal(q, v)
-    if reason is not None:
+    if (reason := machine_refusal(q.device)) is not None:
         return reason
     if is_observed((q, v)):
         return "a mode or transform must see the rule as one op"
+    if (reason := _shape_refusal(q, v)) is not None:
+        return reason
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != q.dtype:
+        return f"autocast makes {torch.get_autocast_dtype(kind)} of inputs of {q.dtype}"
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad)
     if (reason := worth_it(q, v, needs_grad)) is not None:
         return reason
