@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.base import SequenceMixer
+from olmo_core.nn.attention.gated_delta_net.ahead import compile_layer_ahead
 from olmo_core.nn.attention.gated_delta_net.cache import RecurrentCache
 from olmo_core.nn.attention.gated_delta_net.shard import check_value_heads, mix_shard
 from olmo_core.nn.attention.gated_delta_net.sizes import GatedDeltaNetSizes
@@ -187,6 +188,8 @@ class GatedDeltaNet(SequenceMixer):
             cu_doc_lens = cu_doc_lens.contiguous()
         if padding is not None:
             x = mask_rows(x, padding)
+        if x.is_cuda and context is None and self.kv_cache_manager is None:
+            compile_layer_ahead(self, x, cu_doc_lens, padding)
         shard = None
         if context is not None:
             assert isinstance(call.segments, ShardDocuments)

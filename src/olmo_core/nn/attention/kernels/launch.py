@@ -1,7 +1,9 @@
 """Triton kernels are launched here, or only compiled: ahead of their use, and side by side.
 
 The first call of a shape class compiles all kernels that it needs, a second or more each. Compiled
-where they are launched they wait for each other, and backward's for the whole forward pass.
+where they are launched they wait for each other, and backward's for the whole forward pass. So
+whoever knows what will be launched says so before the first launch; a launch then waits for its own
+kernel alone.
 """
 
 from __future__ import annotations
@@ -9,39 +11,59 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["await_compiled", "compile_ahead", "launch", "only_compiling", "shaped_like"]
+from olmo_core.nn.attention.kernels.triton_driver import INTERPRETED
+
+__all__ = ["compile_ahead", "launch", "only_compiling", "shaped_like"]
 
 _MOST_THREADS = 16
 
 _thread = threading.local()
-_lock = threading.Lock()
-_started: dict[Hashable, Future[None]] = {}
+_rehearsal = threading.RLock()
+_started: set[Hashable] = set()
+_pending: dict[int, list[Future[None]]] = {}
+"""What is being compiled of each kernel, by its id, until somebody has waited for it."""
+_one_at_a_time: dict[int, threading.Lock] = {}
+_hashing = threading.Lock()
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """``kernel[grid]``, or inside :class:`only_compiling` what compiles it for the arguments."""
-    if getattr(_thread, "only_compiles", False):
-        return partial(kernel.warmup, grid=grid)
+    compile_ = getattr(_thread, "compile", None)
+    if compile_ is not None:
+        return partial(compile_, kernel, grid)
+    if _pending and (tasks := _pending.get(id(kernel))):
+        wait(tasks)  # an error is met again here, where it belongs
+        _pending.pop(id(kernel), None)
     launcher: Callable[..., Any] = kernel[grid]
     return launcher
 
 
+def _compile(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
+    return kernel.warmup(*args, grid=grid, **options)
+
+
 class only_compiling:
-    """Inside, this thread's launches compile their kernels and run nothing: tensors may be meta."""
+    """Inside, this thread's launches compile their kernels and run nothing: tensors may be meta.
+
+    :param compile_: Given a kernel, its grid and arguments, compiles it, or has it compiled.
+    """
+
+    def __init__(self, compile_: Callable[..., Any] = _compile) -> None:
+        self._compile = compile_
 
     def __enter__(self) -> None:
-        _thread.only_compiles = True
+        self._outside = getattr(_thread, "compile", None)
+        _thread.compile = self._compile
 
     def __exit__(self, *_: object) -> None:
-        _thread.only_compiles = False
+        _thread.compile = self._outside
 
 
 def shaped_like(*tensors: Tensor | None) -> list[Any]:
@@ -62,38 +84,52 @@ def compile_ahead(key: Hashable, device: torch.device, call: Callable[[], Any]) 
     :param key: All that the kernels are compiled for, but for what is known of alignment: with too
         little in it, a launch compiles its kernel itself.
     :param device: Where they will run. On a CPU, in Triton's interpreter, there is nothing to do.
-    :param call: Launches kernels on what :func:`shaped_like` makes of tensors.
+    :param call: Launches kernels on what :func:`shaped_like` makes of tensors. It may itself call
+        this function, for parts that have a key of their own.
     """
-    if device.type != "cuda" or (key, device) in _started:
+    if device.type != "cuda" or INTERPRETED or (key, device) in _started:
         return
-    with _lock:
-        if (key, device) not in _started:
-            _started[key, device] = _callers().submit(_compile, device, call)
+    with _rehearsal:
+        if (key, device) in _started:
+            return
+        try:
+            with torch.cuda.device(device), only_compiling(partial(_start, device)):
+                call()
+        except Exception:  # the call that this one rehearses meets it again
+            return
+        finally:
+            _started.add((key, device))
 
 
-def await_compiled(key: Hashable, device: torch.device) -> None:
-    """Wait for what :func:`compile_ahead` started for a key, if it did."""
-    task = _started.get((key, device))
-    if task is not None:
-        task.result()
+def _start(
+    device: torch.device, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
+) -> None:
+    task = _compilers().submit(_compile_all, device, kernel, grid, args, options)
+    _pending.setdefault(id(kernel), []).append(task)
 
 
-def _compile(device: torch.device, call: Callable[[], Any]) -> None:
-    import triton
+def _compile_all(
+    device: torch.device, kernel: Any, grid: tuple[int, ...], args: Any, options: Any
+) -> None:
+    """The kernel and what launches it, which up to Triton 3.6 a C compiler makes for each."""
+    from triton.runtime import driver
 
-    mode = getattr(triton, "AsyncCompileMode", None)
-    together = nullcontext() if mode is None else mode(_compilers(), ignore_errors=True)
+    _hash_compiler()
+    # Asked for twice, by forward and backward, the second finds what the first compiled.
+    mine = _one_at_a_time.setdefault(id(kernel), threading.Lock())
+    with torch.cuda.device(device), mine:
+        compiled = _compile(kernel, grid, *args, **options)
+        driver.active.launcher_cls(compiled.src, compiled.metadata)  # stays in Triton's cache
+
+
+def _hash_compiler() -> None:
+    """Triton's key of itself, a hash of its 0.4 GiB: once, not in each thread at the same time."""
     try:
-        with torch.cuda.device(device), together, only_compiling():
-            call()
-    except Exception:  # the launch meets it again, in the thread that asked for it
+        from triton.runtime.cache import triton_key
+    except ImportError:  # elsewhere in other versions, which only costs time
         return
-
-
-@cache
-def _callers() -> ThreadPoolExecutor:
-    """Threads that go through launches and wait for the compilers."""
-    return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="compile-ahead")
+    with _hashing:
+        triton_key()
 
 
 @cache

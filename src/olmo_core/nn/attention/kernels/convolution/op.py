@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.launch import await_compiled, compile_ahead, shaped_like
+from olmo_core.nn.attention.kernels.launch import compile_ahead, shaped_like
 from olmo_core.nn.attention.kernels.rows import rows
 from olmo_core.nn.attention.kernels.table import Choice, Row, choose
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
@@ -21,7 +21,7 @@ from olmo_core.nn.dispatch import refuse_second_derivative, register_differentia
 
 from .torch_form import torch_backward, torch_forward
 
-__all__ = ["ROWS", "Stream", "choice", "short_convolution"]
+__all__ = ["ROWS", "Stream", "choice", "convolution_ahead", "short_convolution"]
 
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 _CALL: dict[str, Callable[..., Any]] = {}
@@ -72,9 +72,12 @@ def short_convolution(
 
 def _refusal(streams: Sequence[Stream]) -> str | None:
     """Why the Triton kernels can't serve these inputs, or None if they can."""
+    return triton_refusal(streams[0].x) or _unfit(streams)
+
+
+def _unfit(streams: Sequence[Stream]) -> str | None:
+    """The same on any device."""
     x, size = streams[0].x, streams[0].weight.shape[2]
-    if (reason := triton_refusal(x)) is not None:
-        return reason
     if x.dtype not in _DTYPES or any(s.x.dtype != x.dtype for s in streams):
         return f"the kernels compute in float32 and take no {x.dtype}"
     if size > _LARGEST:
@@ -101,27 +104,42 @@ def _columns(streams: Sequence[Stream]) -> tuple[list[Any], list[Any], list[Any]
     )
 
 
-def _kernel_class(streams: Sequence[Stream], seen: Tensor | None, silu: bool) -> tuple[Any, ...]:
-    """What the backward kernel is compiled for: not the batch, the length, nor the documents."""
+def _compile_ahead(
+    device: torch.device, streams: Sequence[Stream], seen: Tensor | None, silu: bool, save: bool
+) -> None:
+    """Start to compile the forward kernel, and backward's for ``save``. The class names neither the
+    batch, nor the length, nor the documents."""
+
+    def call() -> None:
+        from .triton_walk import launch_backward, launch_forward
+
+        xs, *columns = (shaped_like(*column) for column in _columns(streams))
+        rest = *columns, *shaped_like(seen), silu
+        launch_forward(xs, *rest)
+        if save:
+            launch_backward([y.new_empty(y.shape) for y in xs], xs, *rest)
+
     s = streams[0]
     dtypes = s.x.dtype, s.weight.dtype, s.bias is None or s.bias.dtype, s.state is None
-    return "convolution", *(s.weight.shape for s in streams), *dtypes, seen is None, silu
+    shapes = (s.weight.shape for s in streams)
+    compile_ahead(("convolution", *shapes, *dtypes, seen is None, silu, save), device, call)
+
+
+def convolution_ahead(
+    device: torch.device, streams: Sequence[Stream], seen: Tensor | None, silu: bool, save: bool
+) -> None:
+    """Start to compile what :func:`short_convolution` of meta tensors like these will launch."""
+    if _unfit(streams) is None:
+        _compile_ahead(device, streams, seen, silu, save)
 
 
 def _triton_forward(streams: Sequence[Stream], seen: Tensor | None, silu: bool) -> list[Tensor]:
-    from .triton_walk import launch_backward, launch_forward
+    from .triton_walk import launch_forward
 
-    x, columns = streams[0].x, _columns(streams)
-
-    def backward() -> None:
-        xs, weights, biases, states = (shaped_like(*column) for column in columns)
-        dys = [y.new_empty(y.shape) for y in xs]
-        (shaped_seen,) = shaped_like(seen)
-        launch_backward(dys, xs, weights, biases, states, shaped_seen, silu)
-
+    x = streams[0].x
     if x.requires_grad:
-        compile_ahead(_kernel_class(streams, seen, silu), x.device, backward)
-    return launch_forward(*columns, seen, silu)
+        _compile_ahead(x.device, streams, seen, silu, save=True)
+    return launch_forward(*_columns(streams), seen, silu)
 
 
 def _triton_backward(
@@ -129,7 +147,6 @@ def _triton_backward(
 ) -> tuple[Any, Any, Any, Any]:
     from .triton_walk import launch_backward
 
-    await_compiled(_kernel_class(streams, seen, silu), streams[0].x.device)
     return launch_backward(rows(*dys), *_columns(streams), seen, silu)
 
 

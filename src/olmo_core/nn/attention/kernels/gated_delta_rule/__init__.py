@@ -2,5 +2,6 @@
 
 from .op import gated_delta_rule
 from .step import gated_delta_rule_step_, normalize
+from .triton_rule import rule_ahead
 
-__all__ = ["gated_delta_rule", "gated_delta_rule_step_", "normalize"]
+__all__ = ["gated_delta_rule", "gated_delta_rule_step_", "normalize", "rule_ahead"]

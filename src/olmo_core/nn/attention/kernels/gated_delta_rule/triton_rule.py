@@ -8,13 +8,13 @@ inverse of a chunk is float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.launch import await_compiled, compile_ahead, shaped_like
+from olmo_core.nn.attention.kernels.launch import compile_ahead, shaped_like
 from olmo_core.nn.attention.kernels.rows import rows
 from olmo_core.nn.attention.kernels.triton_driver import (
     INTERPRETED,
@@ -30,6 +30,7 @@ from .torch_forward import Saved
 __all__ = [
     "probe_answer",
     "probed",
+    "rule_ahead",
     "saved_like",
     "triton_backward",
     "triton_forward",
@@ -52,8 +53,13 @@ def unsupported(q: Tensor, v: Tensor) -> str | None:
     :param q: ``(B, T, H, K)``.
     :param v: ``(B, T, HV, V)``.
     """
-    if (reason := triton_refusal(q)) is not None:
+    if (reason := triton_refusal(q) or _unfit(q, v)) is not None:
         return reason
+    return None if INTERPRETED else _device_reason(q, v)
+
+
+def _unfit(q: Tensor, v: Tensor) -> str | None:
+    """Why not on any device."""
     if q.dtype not in _DTYPES:
         return f"the kernels take bfloat16 and float16, not {q.dtype}"
     if INTERPRETED and q.dtype == torch.bfloat16:
@@ -64,13 +70,18 @@ def unsupported(q: Tensor, v: Tensor) -> str | None:
         return f"batch x value heads is at most {_MAX_ROWS}, not {q.shape[0]} x {v.shape[2]}"
     if not (q.shape[0] and q.shape[1]):
         return f"there are no tokens in {tuple(q.shape)}"
-    return None if INTERPRETED else _device_reason(q, v)
+    return None
+
+
+def _tested(gpu: torch.device) -> bool:
+    """Whether it is a Hopper, on which the kernels are tested: elsewhere a probe decides."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(gpu)[0] == 9
 
 
 def _device_reason(q: Tensor, v: Tensor) -> str | None:
-    """Why not this GPU: outside Hopper, on which the kernels are tested, a probe decides."""
+    """Why not this GPU."""
     gpu, major, minor = q.device, *torch.cuda.get_device_capability(q.device)
-    if torch.version.hip is None and major == 9:
+    if _tested(gpu):
         return None
     shared = shared_memory_kib(gpu)
     if torch.version.hip is not None or major < 8 or shared < LEAST_SHARED_KIB:
@@ -145,7 +156,7 @@ def triton_forward(
     q, k, v = rows(q, k, v)
     if q.is_cuda:
         inputs = (q, k, v, g, beta)
-        _compile_ahead(grid, inputs, initial_state, ids, scale, normalize_qk, save)
+        _compile_ahead(q.device, grid, inputs, initial_state, ids, scale, normalize_qk, save)
     out, final = launch_forward(
         grid, q, k, v, g, beta, initial_state, ids, saved, scale, normalize_qk
     )
@@ -172,7 +183,6 @@ def triton_backward(
     grid = _grid(q, v)
     ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
     dout, q, k, v = rows(dout, q, k, v)
-    await_compiled(_kernel_class("backward", grid, (q, g, beta), ids, normalize_qk), q.device)
     return launch_backward(grid, dout, dfinal, q, k, v, g, beta, ids, saved, scale, normalize_qk)
 
 
@@ -238,44 +248,44 @@ def triton_span_backward(
     )[:5]
 
 
-def _kernel_class(
-    which: str, grid: ChunkGrid, dtypes_of: Sequence[Tensor], *options: object
-) -> tuple[object, ...]:
-    """What the kernels are compiled for: not the batch, the length, nor where documents end."""
-    sizes = grid.key_heads, grid.group, grid.key_dim, grid.value_dim
-    given = (x if isinstance(x, bool) else x is not None for x in options)
-    return "gated_delta_rule", which, *sizes, *(x.dtype for x in dtypes_of), *given
+def rule_ahead(
+    device: torch.device, inputs: tuple[Tensor, ...], cu_doc_lens: Tensor | None, scale: float,
+    normalize_qk: bool, save: bool,
+) -> None:  # fmt: skip
+    """Start to compile what :func:`triton_forward` of meta tensors like ``inputs`` will launch, and
+    its backward for ``save``; not where a probe decides whether it will."""
+    q, v = inputs[0], inputs[2]
+    if _unfit(q, v) is not None or not _tested(device):
+        return
+    grid = _grid(q, v)
+    ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
+    _compile_ahead(device, grid, inputs, None, ids, scale, normalize_qk, save)
 
 
 def _compile_ahead(
-    grid: ChunkGrid, inputs: tuple[Tensor, ...], initial_state: Tensor | None, ids: Tensor | None,
-    scale: float, normalize_qk: bool, save: bool,
+    device: torch.device, grid: ChunkGrid, inputs: tuple[Tensor, ...],
+    initial_state: Tensor | None, ids: Tensor | None, scale: float, normalize_qk: bool, save: bool,
 ) -> None:  # fmt: skip
-    """Compile the forward kernels, side by side, and start to compile backward's for ``save``."""
-    q, _, _, g, beta = inputs
+    """Start to compile the forward kernels, and backward's for ``save``. The class names neither
+    the batch, nor the length, nor where documents end."""
 
-    def forward() -> None:
+    def call() -> None:
+        from .triton_backward import launch_backward
         from .triton_forward import launch_forward
 
-        shapes = shaped_like(*inputs, initial_state, ids)
-        saved = saved_like(shapes[0], shapes[2]) if save else None
-        launch_forward(*[grid, *shapes, saved, scale, normalize_qk])
+        *shapes, initial, shaped_ids = shaped_like(*inputs, initial_state, ids)
+        q, _, v, _, _ = shapes
+        saved = saved_like(q, v) if save else None
+        launch_forward(*[grid, *shapes, initial, shaped_ids, saved, scale, normalize_qk])
+        if save:
+            dout = v.new_empty(v.shape)
+            launch_backward(*[grid, dout, None, *shapes, shaped_ids, saved, scale, normalize_qk])
 
-    def backward() -> None:
-        from .triton_backward import launch_backward
-
-        shapes = shaped_like(*inputs, ids)
-        q, v = shapes[0], shapes[2]
-        dout, saved = v.new_empty(v.shape), saved_like(q, v)
-        launch_backward(*[grid, dout, None, *shapes, saved, scale, normalize_qk])
-
-    dtypes_of = (q, g, beta)
-    key = _kernel_class("forward", grid, dtypes_of, ids, normalize_qk, save, initial_state)
-    compile_ahead(key, q.device, forward)
-    if save:
-        later = _kernel_class("backward", grid, dtypes_of, ids, normalize_qk)
-        compile_ahead(later, q.device, backward)
-    await_compiled(key, q.device)
+    q, _, _, g, beta = inputs
+    sizes = grid.key_heads, grid.group, grid.key_dim, grid.value_dim
+    options = ids is None, initial_state is None, normalize_qk, save
+    key = ("gated_delta_rule", *sizes, q.dtype, g.dtype, beta.dtype, *options)
+    compile_ahead(key, device, call)
 
 
 def _grid(q: Tensor, v: Tensor) -> ChunkGrid:

@@ -14,14 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.launch import await_compiled, compile_ahead, shaped_like
+from olmo_core.nn.attention.kernels.launch import compile_ahead, shaped_like
 from olmo_core.nn.attention.kernels.table import Row, choose
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
 from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
 
 from .torch_form import torch_decay_gates, torch_gated_rms_norm, torch_sigmoid_gate
 
-__all__ = ["GATED_NORM", "GATES", "SIGMOID_GATE", "decay_gates", "gated_rms_norm", "sigmoid_gate"]
+__all__ = [
+    "GATED_NORM",
+    "GATES",
+    "SIGMOID_GATE",
+    "decay_gates",
+    "decay_gates_ahead",
+    "gated_norm_ahead",
+    "gated_rms_norm",
+    "sigmoid_gate",
+]
 
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 _CALL: dict[str, Callable[..., Any]] = {}
@@ -77,12 +86,16 @@ def sigmoid_gate(x: Tensor, gate: Tensor, *, rounded: bool) -> Tensor:
 
 def _refusal(*inputs: Any) -> str | None:
     """Why the Triton kernels can't serve these inputs, or None if they can."""
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    x = tensors[0]
+    x = inputs[0]
     if torch.compiler.is_compiling() and not x.is_cuda:
         return "a compiler fuses the plain form for a CPU"
-    if (reason := triton_refusal(x)) is not None:
-        return reason
+    return triton_refusal(x) or _unfit(*inputs)
+
+
+def _unfit(*inputs: Any) -> str | None:
+    """The same on any device."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    x = tensors[0]
     for y in tensors:
         if y.is_floating_point() and y.dtype not in _DTYPES:
             return f"the kernels compute in float32 and take no {y.dtype}"
@@ -118,34 +131,45 @@ SIGMOID_GATE: tuple[Row[Callable[..., Tensor]], ...] = (
 )
 
 
-def _kernel_class(
-    backward: Callable[..., Any], inputs: Sequence[Tensor | None], option: object
-) -> tuple[object, ...]:
-    """What a backward kernel is compiled for: not the rows."""
-    each = ((None, 0) if x is None else (x.dtype, x.shape[-1]) for x in inputs)
-    return backward.__name__, *each, option
-
-
 def _compile_ahead(
-    backward: Callable[..., Any],
-    outputs: Sequence[Tensor],
+    device: torch.device,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any] | None,
     inputs: Sequence[Tensor | None],
     option: object,
 ) -> None:
-    """Start to compile what ``backward`` will launch, for gradients like contiguous ``outputs``."""
+    """Start to compile what ``forward`` will launch, and ``backward`` for contiguous gradients. The
+    class does not name the rows."""
 
     def call() -> None:
-        douts = (y.new_empty(y.shape) for y in shaped_like(*outputs))
-        backward(*douts, *shaped_like(*inputs), option)
+        shapes = shaped_like(*inputs)
+        outputs = forward(*shapes, option)
+        if backward is not None:
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            backward(*outputs, *shapes, option)
 
-    x = outputs[0]
-    compile_ahead(_kernel_class(backward, inputs, option), x.device, call)
+    each = ((None, 0) if x is None else (x.dtype, x.shape[-1]) for x in inputs)
+    compile_ahead((forward.__name__, *each, option, backward is None), device, call)
 
 
-def _await(backward: Callable[..., Any], inputs: Sequence[Tensor | None], option: object) -> None:
-    x = inputs[0]
-    assert x is not None
-    await_compiled(_kernel_class(backward, inputs, option), x.device)
+def decay_gates_ahead(
+    device: torch.device, inputs: Sequence[Tensor | None], double: bool, save: bool
+) -> None:
+    """Start to compile what :func:`decay_gates` of meta tensors like these will launch."""
+    if _unfit(*inputs) is None:
+        from .triton_gates import decay_backward, decay_forward
+
+        _compile_ahead(device, decay_forward, decay_backward if save else None, inputs, double)
+
+
+def gated_norm_ahead(
+    device: torch.device, inputs: Sequence[Tensor], eps: float, save: bool
+) -> None:
+    """Start to compile what :func:`gated_rms_norm` of meta tensors like these will launch."""
+    if _unfit(*inputs) is None:
+        from .triton_gates import norm_backward, norm_forward
+
+        _compile_ahead(device, norm_forward, norm_backward if save else None, inputs, eps)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -161,10 +185,9 @@ def _decay_forward(
 
     padding = None if padding is None else padding.contiguous()
     inputs = (_tokens(a), _tokens(b), A_log, dt_bias, padding)
-    outputs = decay_forward(*inputs, double)
     if a.requires_grad:
-        _compile_ahead(decay_backward, outputs, inputs, double)
-    return outputs
+        _compile_ahead(a.device, decay_forward, decay_backward, inputs, double)
+    return decay_forward(*inputs, double)
 
 
 def _decay_fake(a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -180,7 +203,6 @@ def _decay_backward(
 
     padding = None if padding is None else padding.contiguous()
     inputs = (_tokens(a), _tokens(b), A_log, dt_bias, padding)
-    _await(decay_backward, inputs, double)
     return decay_backward(dg.contiguous(), dbeta.contiguous(), *inputs, double)
 
 
@@ -189,7 +211,7 @@ def _norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor
 
     inputs = (x.contiguous(), gate.contiguous(), weight.contiguous())
     if x.requires_grad:
-        _compile_ahead(norm_backward, [gate], inputs, eps)
+        _compile_ahead(x.device, norm_forward, norm_backward, inputs, eps)
     return norm_forward(*inputs, eps)
 
 
@@ -199,7 +221,6 @@ def _norm_backward(
     from .triton_gates import norm_backward
 
     inputs = (x.contiguous(), gate.contiguous(), weight.contiguous())
-    _await(norm_backward, inputs, eps)
     return norm_backward(dout.contiguous(), *inputs, eps)
 
 
@@ -208,7 +229,7 @@ def _sigmoid_forward(x: Tensor, gate: Tensor, rounded: bool) -> Tensor:
 
     inputs = (x.contiguous(), gate.contiguous())
     if x.requires_grad:
-        _compile_ahead(sigmoid_backward, [x], inputs, rounded)
+        _compile_ahead(x.device, sigmoid_forward, sigmoid_backward, inputs, rounded)
     return sigmoid_forward(*inputs, rounded)
 
 
@@ -218,7 +239,6 @@ def _sigmoid_backward(
     from .triton_gates import sigmoid_backward
 
     inputs = (x.contiguous(), gate.contiguous())
-    _await(sigmoid_backward, inputs, rounded)
     return sigmoid_backward(dout.contiguous(), *inputs, rounded)
 
 
