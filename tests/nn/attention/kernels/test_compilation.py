@@ -5,13 +5,21 @@ Triton compiles for any GPU; only a launch needs one. So a driver that names a G
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from olmo_core.config import DType
+from olmo_core.nn import dispatch
+from olmo_core.nn.attention.gated_delta_net import layer as layer_module
+from olmo_core.nn.attention.gated_delta_net.ahead import compile_layer_ahead
+from olmo_core.nn.attention.inputs import Call
 from olmo_core.nn.attention.kernels import launch, triton_driver
 from olmo_core.nn.attention.kernels.gated_delta_rule import blocks, triton_rule
 from olmo_core.nn.attention.kernels.launch import only_compiling
@@ -20,6 +28,7 @@ pytestmark = pytest.mark.skipif(
     triton_driver.INTERPRETED or find_spec("triton") is None or torch.cuda.is_available(),
     reason="the interpreter compiles nothing, and a GPU that is here is asked itself",
 )
+CUDA = torch.device("cuda", 0)
 KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that a program may have, by compute capability."""
 
@@ -216,46 +225,127 @@ def test_other_lengths_and_documents_compile_nothing_anew(
         assert len(counter.keys) > expected
 
 
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels serve meta tensors, as those of a GPU that is here."""
+    from olmo_core.nn.attention.gated_delta_net import ahead
+    from olmo_core.nn.attention.kernels.convolution import op as convolution
+    from olmo_core.nn.attention.kernels.gates import op as gates
+
+    for module in (ahead, convolution, gates, triton_rule):
+        monkeypatch.setattr(module, "triton_refusal", lambda x: None)
+    monkeypatch.setattr(triton_rule, "_tested", lambda device: True)
+    monkeypatch.setattr(triton_rule, "_device_reason", lambda q, v: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(dispatch, "is_observed", lambda inputs: False)
+    # There is no autocast of meta tensors.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(launch, "_started", set())
+
+
+def sizes_of(**options: Any) -> Any:
+    from olmo_core.nn.attention import GatedDeltaNetConfig
+
+    config = GatedDeltaNetConfig(n_heads=2, head_dim=64, dtype=DType.bfloat16, **options)
+    return config.build(128, layer_idx=0, n_layers=1, init_device="meta")
+
+
+def stand_in(x: Tensor) -> Any:
+    """What is asked of a tensor on a GPU."""
+    names = "dtype", "shape", "requires_grad", "numel"
+    return SimpleNamespace(device=CUDA, **{name: getattr(x, name) for name in names})
+
+
 @pytest.mark.parametrize("gpu", [90], indirect=True)
-def test_what_is_compiled_ahead_is_what_is_launched(
-    gpu: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("options", "documents", "padded", "backward"),
+    [
+        ({}, False, False, True),
+        ({"conv_bias": True, "n_v_heads": 4}, True, False, True),
+        ({"allow_neg_eigval": False}, False, True, False),
+    ],
+)
+def test_what_a_layer_compiles_ahead_is_what_it_launches(
+    gpu: int, on_hopper: None, options: Any, documents: bool, padded: bool, backward: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Rehearsed on shapes alone, each kernel has the key that its launch asks for."""
     counter = Counter(monkeypatch)
-    started: list[Any] = []
-    monkeypatch.setattr(
-        triton_rule, "compile_ahead", lambda key, device, call: started.append(call)
-    )
-    with only_compiling():
-        q = empty(2, 100, 2, 64)
-        gates = [empty(2, 100, 2, dtype=torch.float32) for _ in range(2)]
-        grid = triton_rule._grid(q, q)
-        triton_rule._compile_ahead(grid, (q, q, q, *gates), None, None, 0.1, True, True)
-        assert len(started) == 2
-        for call in started:
-            call()
-        rehearsed = set(counter.keys)
-        assert len(rehearsed) == 5
-        run_rule(key_dim=64, value_dim=64)
-        assert counter.keys == rehearsed
+    layer = sizes_of(**options)
+    x = empty(2, 100, 128).requires_grad_(backward)
+    cu = empty(4, dtype=torch.int32) if documents else None
+    padding = empty(2, 100, dtype=torch.bool) if padded else None
+    with monkeypatch.context() as here:
+        here.setattr(
+            launch, "_start", lambda device, *asked, **named: launch._compile(*asked, **named)
+        )
+        with torch.set_grad_enabled(backward):
+            compile_layer_ahead(layer, stand_in(x), cu, padding)
+    rehearsed = set(counter.keys)
+    assert len(rehearsed) == (6 if not backward else 12 if "n_v_heads" in options else 11)
+    counter.keys.clear()
+    with only_compiling(), torch.set_grad_enabled(backward):
+        # The lengths' and the padding's values are looked at, and a meta tensor has none.
+        monkeypatch.setattr(
+            layer_module, "read_call",
+            lambda *_, **__: Call(None, None, 100, padding, {}),
+        )  # fmt: skip
+        monkeypatch.setattr(layer_module, "mask_rows", lambda x, padding: x)
+        y = layer(x, cu_doc_lens=cu)
+        if backward:
+            y.backward(torch.empty_like(y))
+    assert counter.keys == rehearsed
 
 
-def test_a_class_is_compiled_once_and_errors_are_left_to_the_launch(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("gpu", [90], indirect=True)
+def test_a_layer_asks_once_for_a_kind_of_call(
+    gpu: int, on_hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device, calls = torch.device("cuda", 0), []
-    monkeypatch.setattr(launch, "_started", {})
-    monkeypatch.setattr(torch.cuda, "device", lambda device: only_compiling())
+    asked: list[str] = []
+    monkeypatch.setattr(launch, "_start", lambda d, kernel, *_, **__: asked.append(kernel.__name__))
+    layer, x, lengths = sizes_of(), empty(2, 100, 128), empty(4, dtype=torch.int32)
+    compile_layer_ahead(layer, stand_in(empty(0, 100, 128)), None, None)
+    assert asked == []
+    compile_layer_ahead(layer, stand_in(x), None, None)
+    assert len(asked) == 12  # the factors for both ways
+    for again, one_layer in ((x, sizes_of()), (empty(1, 7, 128), layer)):
+        compile_layer_ahead(one_layer, stand_in(again), None, None)
+    assert len(asked) == 12
+    with torch.no_grad():
+        compile_layer_ahead(layer, stand_in(x), None, None)
+    assert len(asked) == 12 + 6
+    compile_layer_ahead(layer, stand_in(x), lengths, None)
+    assert len(asked) == 12 + 6 + 8  # rule and convolution
 
-    def call(fail: bool) -> None:
-        calls.append(fail)
-        if fail:
-            raise RuntimeError("out of shared memory")
 
-    for key in ("one", "two", "one"):
-        launch.compile_ahead(key, device, lambda key=key: call(key == "two"))
-    for key in ("one", "two", "never started"):
-        launch.await_compiled(key, device)
-    assert sorted(calls) == [False, True]
-    launch.compile_ahead("three", torch.device("cpu"), lambda: call(True))
-    assert len(calls) == 2
+def test_a_layer_asks_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    class FirstProduct(Exception):
+        pass
+
+    def project(*_: Any) -> None:
+        raise FirstProduct
+
+    monkeypatch.setattr(layer_module, "compile_layer_ahead", lambda *given: done.append(given))
+    monkeypatch.setattr(layer_module, "project", project)
+    layer = sizes_of()
+    with FakeTensorMode():
+        for module in layer.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    like = torch.empty(p.shape, dtype=p.dtype, device=CUDA)
+                    module._parameters[name] = torch.nn.Parameter(like)
+        x = torch.empty(2, 100, 128, dtype=torch.bfloat16, device=CUDA)
+        with pytest.raises(FirstProduct):
+            layer(x)
+        assert done == [(layer, x, None, None)]
+
+
+def test_tensors_without_data_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_started", set())
+    with FakeTensorMode():
+        x = torch.empty(2, 100, 128, dtype=torch.bfloat16, device=CUDA)
+        compile_layer_ahead(sizes_of(), x, None, None)
+    assert not launch._started

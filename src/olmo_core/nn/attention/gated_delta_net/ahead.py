@@ -17,7 +17,7 @@ from olmo_core.nn.attention.kernels.gated_delta_rule import rule_ahead
 from olmo_core.nn.attention.kernels.gates import decay_gates_ahead, gated_norm_ahead
 from olmo_core.nn.attention.kernels.launch import compile_ahead, shaped_like
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
-from olmo_core.nn.dispatch import is_heard
+from olmo_core.nn.dispatch import is_heard, is_observed
 from olmo_core.nn.sharded import local
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def compile_layer_ahead(
     layer: GatedDeltaNet, x: Tensor, cu_doc_lens: Tensor | None, padding: Tensor | None
 ) -> None:
     """Start to compile for a call of ``layer`` without a cache, once for each kind of call."""
-    if torch.compiler.is_compiling() or not x.numel():
+    if is_observed((x,)) or not x.numel():
         return
     dtype, weight, place = x.dtype, layer.w_v.weight, layer.tensor_parallel
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
