@@ -5,6 +5,7 @@ Triton compiles for any GPU; only a launch needs one. So a driver that names a G
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from olmo_core.config import DType
 from olmo_core.nn import dispatch
 from olmo_core.nn.attention.gated_delta_net import layer as layer_module
-from olmo_core.nn.attention.gated_delta_net.ahead import compile_layer_ahead
+from olmo_core.nn.attention.gated_delta_net.ahead import first_of_its_kind
 from olmo_core.nn.attention.inputs import Call
 from olmo_core.nn.attention.kernels import launch, triton_driver
 from olmo_core.nn.attention.kernels.gated_delta_rule import blocks, triton_rule
@@ -247,7 +248,8 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def sizes_of(**options: Any) -> Any:
     from olmo_core.nn.attention import GatedDeltaNetConfig
 
-    config = GatedDeltaNetConfig(n_heads=2, head_dim=64, dtype=DType.bfloat16, **options)
+    options = {"n_heads": 2, "head_dim": 64, "dtype": DType.bfloat16, **options}
+    config = GatedDeltaNetConfig(**options)
     return config.build(128, layer_idx=0, n_layers=1, init_device="meta")
 
 
@@ -264,6 +266,7 @@ def stand_in(x: Tensor) -> Any:
         ({}, False, False, True),
         ({"conv_bias": True, "n_v_heads": 4}, True, False, True),
         ({"allow_neg_eigval": False}, False, True, False),
+        ({"head_dim": 40, "expand_v": 1.5, "conv_size": 2}, True, True, True),
     ],
 )
 def test_what_a_layer_compiles_ahead_is_what_it_launches(
@@ -281,7 +284,7 @@ def test_what_a_layer_compiles_ahead_is_what_it_launches(
             launch, "_start", lambda device, *asked, **named: launch._compile(*asked, **named)
         )
         with torch.set_grad_enabled(backward):
-            compile_layer_ahead(layer, stand_in(x), cu, padding)
+            layer._compile_ahead(stand_in(x), cu, padding)
     rehearsed = set(counter.keys)
     assert len(rehearsed) == (6 if not backward else 12 if "n_v_heads" in options else 11)
     counter.keys.clear()
@@ -305,17 +308,17 @@ def test_a_layer_asks_once_for_a_kind_of_call(
     asked: list[str] = []
     monkeypatch.setattr(launch, "_start", lambda d, kernel, *_, **__: asked.append(kernel.__name__))
     layer, x, lengths = sizes_of(), empty(2, 100, 128), empty(4, dtype=torch.int32)
-    compile_layer_ahead(layer, stand_in(empty(0, 100, 128)), None, None)
+    layer._compile_ahead(stand_in(empty(0, 100, 128)), None, None)
     assert asked == []
-    compile_layer_ahead(layer, stand_in(x), None, None)
+    layer._compile_ahead(stand_in(x), None, None)
     assert len(asked) == 12  # the factors for both ways
     for again, one_layer in ((x, sizes_of()), (empty(1, 7, 128), layer)):
-        compile_layer_ahead(one_layer, stand_in(again), None, None)
+        one_layer._compile_ahead(stand_in(again), None, None)
     assert len(asked) == 12
     with torch.no_grad():
-        compile_layer_ahead(layer, stand_in(x), None, None)
+        layer._compile_ahead(stand_in(x), None, None)
     assert len(asked) == 12 + 6
-    compile_layer_ahead(layer, stand_in(x), lengths, None)
+    layer._compile_ahead(stand_in(x), lengths, None)
     assert len(asked) == 12 + 6 + 8  # rule and convolution
 
 
@@ -328,9 +331,9 @@ def test_a_layer_asks_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> Non
     def project(*_: Any) -> None:
         raise FirstProduct
 
-    monkeypatch.setattr(layer_module, "compile_layer_ahead", lambda *given: done.append(given))
-    monkeypatch.setattr(layer_module, "project", project)
     layer = sizes_of()
+    monkeypatch.setattr(layer, "_compile_ahead", lambda *given: done.append(given))
+    monkeypatch.setattr(layer_module, "project", project)
     with FakeTensorMode():
         for module in layer.modules():
             for name, p in module._parameters.items():
@@ -340,12 +343,15 @@ def test_a_layer_asks_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> Non
         x = torch.empty(2, 100, 128, dtype=torch.bfloat16, device=CUDA)
         with pytest.raises(FirstProduct):
             layer(x)
-        assert done == [(layer, x, None, None)]
+        assert done == [(x, None, None)]
 
 
-def test_tensors_without_data_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_started", set())
+def test_a_call_that_is_watched_is_no_first_one() -> None:
+    """Under a mode nothing may be launched: a fake tensor has no data."""
+    layer = sizes_of()
     with FakeTensorMode():
         x = torch.empty(2, 100, 128, dtype=torch.bfloat16, device=CUDA)
-        compile_layer_ahead(sizes_of(), x, None, None)
-    assert not launch._started
+        assert not first_of_its_kind(layer, x, None, None)
+    given = stand_in(x), None, None
+    assert first_of_its_kind(layer, *given) and not first_of_its_kind(layer, *given)
+    assert first_of_its_kind(copy.deepcopy(layer), *given)

@@ -6,59 +6,76 @@ Each op does the same for itself where it stands alone. What is missing here its
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from olmo_core.nn.attention.gated_delta_net.sizes import GatedDeltaNetSizes
 from olmo_core.nn.attention.kernels.convolution import Stream, convolution_ahead
 from olmo_core.nn.attention.kernels.gated_delta_rule import rule_ahead
 from olmo_core.nn.attention.kernels.gates import decay_gates_ahead, gated_norm_ahead
-from olmo_core.nn.attention.kernels.launch import compile_ahead, shaped_like
+from olmo_core.nn.attention.kernels.launch import shaped_like
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
+from olmo_core.nn.convolution import CausalConv1d
 from olmo_core.nn.dispatch import is_heard, is_observed
+from olmo_core.nn.layer_norm import RMSNorm
 from olmo_core.nn.sharded import local
 
-if TYPE_CHECKING:
-    from olmo_core.nn.attention.gated_delta_net.layer import GatedDeltaNet
+__all__ = ["compile_layer_ahead", "first_of_its_kind"]
 
-__all__ = ["compile_layer_ahead"]
+_KINDS: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
+"""The kinds of calls that a layer had in this process, which a copy or a pickle of it had not."""
+
+
+def first_of_its_kind(
+    layer: nn.Module, x: Tensor, cu_doc_lens: Tensor | None, padding: Tensor | None
+) -> bool:
+    """Whether a call of a layer, which is neither compiled nor watched, is the first that may need
+    these kernels."""
+    if torch.compiler.is_compiling():
+        return False
+    backward = torch.is_grad_enabled()
+    kind = (
+        x.device, _dtype(x), backward, backward and x.requires_grad, cu_doc_lens is None,
+        padding is None,
+    )  # fmt: skip
+    kinds = _KINDS.get(layer)
+    if kinds is None:
+        kinds = _KINDS[layer] = set()
+    if kind in kinds or is_observed((x,)) or not x.numel():
+        return False
+    kinds.add(kind)
+    return True
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """What the projections of ``x`` have."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return x.dtype
 
 
 def compile_layer_ahead(
-    layer: GatedDeltaNet, x: Tensor, cu_doc_lens: Tensor | None, padding: Tensor | None
-) -> None:
-    """Start to compile for a call of ``layer`` without a cache, once for each kind of call."""
-    if is_observed((x,)) or not x.numel():
-        return
-    dtype, weight, place = x.dtype, layer.w_v.weight, layer.tensor_parallel
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    save = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    key = (
-        "gated_delta_net", layer._sizes, layer.conv_size, 1 if place is None else place.degree,
-        layer.allow_neg_eigval, layer.o_norm.eps, layer.q_conv1d.bias is None, dtype,
-        layer.q_conv1d.weight.dtype, layer.A_log.dtype, save, cu_doc_lens is None, padding is None,
-    )  # fmt: skip
-    compile_ahead(
-        key, x.device, partial(_start, layer, x, cu_doc_lens, padding, dtype=dtype, save=save)
-    )
-
-
-def _start(
-    layer: GatedDeltaNet, x: Tensor, cu_doc_lens: Tensor | None, padding: Tensor | None, *,
-    dtype: torch.dtype, save: bool,
+    x: Tensor, cu_doc_lens: Tensor | None, padding: Tensor | None, *, sizes: GatedDeltaNetSizes,
+    convolutions: Sequence[CausalConv1d], gates: tuple[Tensor, Tensor], norm: RMSNorm,
+    double: bool, save: bool,
 ) -> None:  # fmt: skip
+    """Start to compile what a layer without a cache launches for ``x``, where no call did before,
+    and backward's kernels for ``save``.
+
+    :param sizes: With the heads that this rank has.
+    :param gates: ``A_log`` and ``dt_bias``.
+    """
     if triton_refusal(x) is not None:
         return
     device, (batch, tokens) = x.device, x.shape[:2]
-    sizes = layer._own_sizes(layer.tensor_parallel)
-    empty = partial(torch.empty, dtype=dtype, device="meta")
+    empty = partial(torch.empty, dtype=_dtype(x), device="meta")
     wide = partial(torch.empty, dtype=torch.float32, device="meta")
     # Documents lie one after another, in one row.
     rows = (batch, tokens) if cu_doc_lens is None else (1, batch * tokens)
-
     key_heads, value_heads = sizes.n_heads, sizes.n_v_heads
     q, k = (empty(*rows, key_heads, sizes.head_k_dim) for _ in range(2))
     v = empty(*rows, value_heads, sizes.head_v_dim)
@@ -66,21 +83,17 @@ def _start(
     (lengths,) = shaped_like(cu_doc_lens)
     scale = sizes.head_k_dim**-0.5
     rule_ahead(device, (q, k, v, g, beta), lengths, scale, normalize_qk=True, save=save)
-
-    convolutions = layer._convolutions
     if not any(is_heard(conv) for conv in convolutions):
         streams = [
             Stream(y.flatten(2), *shaped_like(local(conv.weight), local(conv.bias)))
             for y, conv in zip((q, k, v), convolutions, strict=True)
         ]
-        seen = None if lengths is None else empty(rows[1], dtype=torch.int32)
+        seen = None if cu_doc_lens is None else empty(rows[1], dtype=torch.int32)
         convolution_ahead(device, streams, seen, convolutions[0].activation == "silu", save)
-
     a, b = (empty(batch, tokens, value_heads) for _ in range(2))
-    parameters = shaped_like(local(layer.A_log), local(layer.dt_bias), padding)
-    decay_gates_ahead(device, (a, b, *parameters), layer.allow_neg_eigval, save)
-
-    norm = layer.o_norm
-    if norm.weight is not None and not is_heard(norm):
+    parameters = shaped_like(*(local(p) for p in gates), padding)
+    decay_gates_ahead(device, (a, b, *parameters), double, save)
+    if type(norm) is RMSNorm and norm.weight is not None and not is_heard(norm):
         out, gate = (empty(batch, tokens, *v.shape[2:]) for _ in range(2))
-        gated_norm_ahead(device, (out, gate, *shaped_like(local(norm.weight))), norm.eps, save)
+        weight = shaped_like(local(norm.weight))
+        gated_norm_ahead(device, (out, gate, *weight), norm.eps, save)

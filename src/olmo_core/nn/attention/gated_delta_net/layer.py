@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.base import SequenceMixer
-from olmo_core.nn.attention.gated_delta_net.ahead import compile_layer_ahead
+from olmo_core.nn.attention.gated_delta_net.ahead import compile_layer_ahead, first_of_its_kind
 from olmo_core.nn.attention.gated_delta_net.cache import RecurrentCache
 from olmo_core.nn.attention.gated_delta_net.shard import check_value_heads, mix_shard
 from olmo_core.nn.attention.gated_delta_net.sizes import GatedDeltaNetSizes
@@ -189,7 +189,7 @@ class GatedDeltaNet(SequenceMixer):
         if padding is not None:
             x = mask_rows(x, padding)
         if x.is_cuda and context is None and self.kv_cache_manager is None:
-            compile_layer_ahead(self, x, cu_doc_lens, padding)
+            self._compile_ahead(x, cu_doc_lens, padding)
         shard = None
         if context is not None:
             assert isinstance(call.segments, ShardDocuments)
@@ -243,6 +243,18 @@ class GatedDeltaNet(SequenceMixer):
     @property
     def _convolutions(self) -> tuple[CausalConv1d, CausalConv1d, CausalConv1d]:
         return self.q_conv1d, self.k_conv1d, self.v_conv1d
+
+    def _compile_ahead(self, x: Tensor, cu_doc_lens: Tensor | None, padding: Tensor | None) -> None:
+        if not first_of_its_kind(self, x, cu_doc_lens, padding):
+            return
+        save = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        compile_layer_ahead(
+            x, cu_doc_lens, padding, sizes=self._own_sizes(self.tensor_parallel),
+            convolutions=self._convolutions, gates=(self.A_log, self.dt_bias), norm=self.o_norm,
+            double=self.allow_neg_eigval, save=save,
+        )  # fmt: skip
 
     def _convolve(
         self, projected: list[Tensor], cu_doc_lens: Tensor | None, state: Tensor | None = None
