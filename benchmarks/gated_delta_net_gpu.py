@@ -168,32 +168,77 @@ def decoding(batch: int = 32) -> dict[str, float]:
 
 
 _FIRST_CALL = """
-import time, torch
+import contextlib, sys, time
+from unittest import mock
+clock = [time.perf_counter()]
+def lap():
+    clock.append(time.perf_counter())
+    print(clock[-1] - clock[-2], flush=True)
+import torch
 from benchmarks.gated_delta_net_gpu import D_MODEL, DTYPE, build
-module = build()
+from olmo_core.nn.attention.gated_delta_net import layer as module
+from olmo_core.nn.attention.kernels import launch, triton_driver
+torch.zeros(1, device="cuda")
+lap()
+import triton
+lap()
 x = torch.randn(2, 1024, D_MODEL, device="cuda", dtype=DTYPE).requires_grad_()
+torch.cuda.synchronize()
+lap()
 (x @ x.mT).sum().backward()
 torch.cuda.synchronize()
-times = [time.perf_counter()]
-y = module(x)
+lap()
+assert triton_driver.triton_refusal(x) is None
+lap()
+class Everything:
+    def __contains__(self, key):
+        return True
+layer, how = build(), contextlib.ExitStack()
+if sys.argv[1] in ("launch", "op"):
+    how.enter_context(mock.patch.object(module, "first_of_its_kind", lambda *_: False))
+if sys.argv[1] == "launch":
+    how.enter_context(mock.patch.object(launch, "_started", Everything()))
 torch.cuda.synchronize()
-times.append(time.perf_counter())
-y.backward(torch.randn_like(y))
-torch.cuda.synchronize()
-times.append(time.perf_counter())
-print(times[1] - times[0], times[2] - times[1])
+lap()
+with how:
+    y = layer(x)
+    torch.cuda.synchronize()
+    lap()
+    y.backward(torch.randn_like(y))
+    torch.cuda.synchronize()
+    lap()
+    layer(x).sum().backward()
+    torch.cuda.synchronize()
+    lap()
 """
+_BEFORE = "torch_s", "triton_s", "tensor_s", "matmul_s", "driver_s", "build_s"
+_LAPS = *_BEFORE, "forward_s", "backward_s", "second_s"
 
 
-def first_call() -> dict[str, float]:
-    """Seconds that a first forward and backward take, with nothing compiled and no cache."""
+def first_call() -> dict[str, dict[str, float]]:
+    """Seconds that a first forward and backward take, with nothing compiled and no cache: where
+    each launch compiles its kernel, each op all that it will launch, or the layer what all of its
+    ops will; and the last with a full cache, which is what a first call takes besides.
+
+    ``whole_s`` has Triton's import and the driver that it compiles for itself in it, as a first
+    call has; imports of torch, the first tensor and the first matrix product not.
+    """
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        out = subprocess.run(
-            [sys.executable, "-c", _FIRST_CALL], env={**os.environ, "TRITON_CACHE_DIR": folder},
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-    forward, backward = map(float, out.split()[-2:])
-    return {"forward_s": round(forward, 2), "backward_s": round(backward, 2)}
+        for how in ("launch", "op", "layer", "layer, cached"):
+            mode, *cached = how.split(", ")
+            cache = os.path.join(folder, mode)
+            assert os.path.exists(cache) == bool(cached)
+            out = subprocess.run(
+                [sys.executable, "-c", _FIRST_CALL, mode],
+                env={**os.environ, "TRITON_CACHE_DIR": cache},
+                check=True, stdout=subprocess.PIPE, text=True,
+            ).stdout  # fmt: skip
+            laps = dict(zip(_LAPS, map(float, out.split()), strict=True))
+            parts = "triton_s", "driver_s", "forward_s", "backward_s"
+            laps["whole_s"] = sum(laps[part] for part in parts)
+            found[how] = {lap: round(seconds, 2) for lap, seconds in laps.items()}
+    return found
 
 
 def profile(top: int = 40) -> str:
