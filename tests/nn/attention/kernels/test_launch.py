@@ -6,12 +6,15 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from olmo_core.config import DType
+from olmo_core.nn.attention import GatedDeltaNetConfig
 from olmo_core.nn.attention.kernels import launch, triton_driver
 from olmo_core.nn.attention.kernels.launch import compile_ahead, only_compiling, shaped_like
 
@@ -174,3 +177,42 @@ def test_shapes_keep_strides_and_nothing_else() -> None:
     like, none = shaped_like(x, None)
     assert none is None and like.is_meta
     assert (like.shape, like.stride(), like.dtype) == (x.shape, x.stride(), x.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="elsewhere the rule's kernels are tried first",
+)
+def test_the_first_calls_of_a_layer_compile_each_kernel_once_and_ahead(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the compilers' threads alone."""
+    from triton import knobs
+
+    compiled: list[tuple[str, str, bool]] = []
+
+    def heard(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        name = f"{src.fn.__module__}.{src.name}"
+        compiled.append((name, threading.current_thread().name, cache_hit))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(knobs.compilation, "listener", heard)
+    config = GatedDeltaNetConfig(n_heads=3, head_dim=80, dtype=DType.bfloat16)
+    layer = config.build(128, layer_idx=0, n_layers=1, init_device="cuda")
+
+    def run(batch: int, tokens: int, cu: torch.Tensor | None = None) -> list[torch.Tensor]:
+        x = torch.randn(batch, tokens, 128, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        y = layer(x, cu_doc_lens=cu)
+        return [y, *torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])]
+
+    for batch, tokens in ((2, 100), (1, 333), (3, 64)):
+        run(batch, tokens)
+        assert len(compiled) == 11, compiled
+    for ends in ([0, 60, 200], [0, 1, 2, 150, 200]):
+        run(1, 200, torch.tensor(ends, dtype=torch.int32, device="cuda"))
+        assert len(compiled) == 11 + 7, compiled  # the rule's and the convolution's
+    names = [name for name, _, _ in compiled]
+    assert len(set(names)) == 11 and all(names.count(name) <= 2 for name in names)
+    assert all(thread.startswith("triton-compiler") for _, thread, _ in compiled), compiled
+    assert not any(hit for _, _, hit in compiled)
