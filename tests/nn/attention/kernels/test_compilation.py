@@ -226,11 +226,22 @@ def test_other_lengths_and_documents_compile_nothing_anew(
         assert len(counter.keys) > expected
 
 
+class WithoutAutocast:
+    """The module ``torch`` for one that switches autocast off around what it calls."""
+
+    def autocast(self, *_: Any, **__: Any) -> Any:
+        return nullcontext()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels serve meta tensors, as those of a GPU that is here."""
     from olmo_core.nn.attention.gated_delta_net import ahead
     from olmo_core.nn.attention.kernels.convolution import op as convolution
+    from olmo_core.nn.attention.kernels.gated_delta_rule import op as rule_op
     from olmo_core.nn.attention.kernels.gates import op as gates
 
     for module in (ahead, convolution, gates, triton_rule):
@@ -240,8 +251,8 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(dispatch, "is_observed", lambda inputs: False)
     # There is no autocast of meta tensors.
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=None: False)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(rule_op, "torch", WithoutAutocast())
+    monkeypatch.setattr(rule_op, "cast_for_autocast", lambda *tensors: tensors)
     monkeypatch.setattr(launch, "_started", set())
 
 
@@ -320,6 +331,11 @@ def test_a_layer_asks_once_for_a_kind_of_call(
     assert len(asked) == 12 + 6
     layer._compile_ahead(stand_in(x), lengths, None)
     assert len(asked) == 12 + 6 + 8  # rule and convolution
+    asked.clear()
+    monkeypatch.setattr(launch, "_started", set())
+    monkeypatch.setattr(triton_rule, "_tested", lambda device: False)
+    sizes_of()._compile_ahead(stand_in(x), None, None)
+    assert len(asked) == 6 and not {"_prepare", "_gradients"} & set(asked)  # a probe decides
 
 
 def test_a_layer_asks_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
