@@ -13,8 +13,6 @@ from torch.autograd import forward_ad
 from olmo_core.nn.lengths import can_be_read, check_leftpad
 from olmo_core.utils import runs_eagerly
 
-__all__ = ["DecodingCache"]
-
 
 class DecodingCache(nn.Module, ABC):
     """What a mixer remembers of the tokens before: keys and values, or a recurrent state.

@@ -14,8 +14,6 @@ from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
 from olmo_core.nn.attention.kernels.decode import decode_kernel
 
-__all__ = ["decode_step", "extend"]
-
 
 def decode_step(
     q: Tensor,

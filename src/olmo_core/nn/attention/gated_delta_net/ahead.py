@@ -24,8 +24,6 @@ from olmo_core.nn.dispatch import is_heard, is_observed
 from olmo_core.nn.layer_norm import RMSNorm
 from olmo_core.nn.sharded import local
 
-__all__ = ["compile_layer_ahead", "first_of_its_kind"]
-
 _KINDS: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 """The kinds of calls that a layer had in this process, which a copy or a pickle of it had not."""
 

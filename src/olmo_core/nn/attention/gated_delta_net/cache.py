@@ -18,8 +18,6 @@ from torch import Tensor
 
 from olmo_core.nn.attention.decoding.cache import DecodingCache
 
-__all__ = ["RecurrentCache", "replay"]
-
 _RECENT = ("recent_keys", "recent_updates", "recent_log_decays")
 
 

@@ -25,8 +25,6 @@ from olmo_core.nn.convolution import CausalConv1d, convolve_streams
 from olmo_core.nn.dispatch import cast_for_autocast, is_heard
 from olmo_core.nn.sharded import local
 
-__all__ = ["check_value_heads", "mix_shard"]
-
 
 def check_value_heads(n_heads: int, n_v_heads: int, degree: int) -> None:
     """:raises ValueError: If ``degree`` Ulysses ranks can't share the heads."""

@@ -22,8 +22,6 @@ from olmo_core.nn.convolution import CausalConv1d
 from olmo_core.nn.dispatch import is_heard
 from olmo_core.nn.sharded import local
 
-__all__ = ["advance", "advance_token"]
-
 
 @torch.no_grad()
 def advance(

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from olmo_core.nn.attention.kernels.triton_driver import INTERPRETED
 
-__all__ = ["compile_ahead", "launch", "only_compiling", "shaped_like"]
-
 _MOST_THREADS = 16
 
 _thread = threading.local()

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from olmo_core.utils import compile_time_constant
 
-__all__ = ["INTERPRETED", "multiprocessors", "shared_memory_kib", "triton_refusal"]
-
 _INTERPRETER_KIB = 227  # as the largest GPU
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -19,8 +19,6 @@ from olmo_core.distributed.collectives import gather_integers, group_named
 from olmo_core.exceptions import DisagreementError
 from olmo_core.nn.attention.parallel.readings import Reading, is_known, short
 
-__all__ = ["Facts", "agree", "announce_errors", "same_everywhere"]
-
 _REFUSED = 0
 """What a rank sends whose own check failed. No digest is 0."""
 

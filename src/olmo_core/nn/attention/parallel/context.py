@@ -23,8 +23,6 @@ if TYPE_CHECKING:
         UlyssesContextParallelStyle,
     )
 
-__all__ = ["ContextParallel"]
-
 
 @dataclass(frozen=True)
 class ContextParallel:
@@ -92,11 +90,8 @@ class ContextParallel:
         places = list(zip(degrees, ranks, groups, strict=True))
         of_ring = (1, 0, "") if ring is None else places[0]
         of_ulysses = (1, 0, "") if uly is None else places[-1]
-        balancer = (
-            RingAttentionLoadBalancerType.ulysses
-            if ring is None
-            else RingAttentionLoadBalancerType(ring.load_balancer)
-        )
+        kind = RingAttentionLoadBalancerType
+        balancer = kind.ulysses if ring is None else kind(ring.load_balancer)
         return cls(
             balancer,
             WHOLE if ring is None else balancer.layout.name,

@@ -17,8 +17,6 @@ from olmo_core.nn.attention.parallel.plan import WHOLE
 from olmo_core.nn.attention.parallel.readings import read
 from olmo_core.nn.lengths import can_be_read, check_cu_doc_lens, ends_before
 
-__all__ = ["ShardDocuments", "lengths_of", "read_shard_documents"]
-
 _OF_Q_AND_K = (
     "cu_doc_lens_q",
     "cu_doc_lens_k",

@@ -16,8 +16,6 @@ from torch import Tensor
 from olmo_core.distributed import collectives
 from olmo_core.nn.attention.parallel.layout import SpanTable, count_up
 
-__all__ = ["Exchange", "accumulator", "plan_exchange"]
-
 
 @dataclass(frozen=True)
 class Exchange:

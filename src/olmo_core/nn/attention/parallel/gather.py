@@ -24,8 +24,6 @@ from olmo_core.nn.attention.parallel.op import (
 from olmo_core.nn.attention.parallel.plan import GatherPlan, gather_plan
 from olmo_core.nn.attention.parallel.readings import Reading
 
-__all__ = ["gather"]
-
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
     _, ranks = place_in(shard.group)

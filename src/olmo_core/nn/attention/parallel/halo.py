@@ -30,8 +30,6 @@ from olmo_core.nn.attention.parallel.plan import span_table
 from olmo_core.nn.attention.parallel.readings import Reading
 from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
 
-__all__ = ["HaloPlan", "halo_plan", "sharded_causal_conv1d"]
-
 _STREAMS = 3
 
 

@@ -16,19 +16,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "LAYOUTS",
-    "BalancedLayout",
-    "ContiguousLayout",
-    "Layout",
-    "Span",
-    "SpanTable",
-    "ZigZagLayout",
-    "count_up",
-    "token_index",
-    "token_positions",
-]
-
 
 class Span(NamedTuple):
     """Neighbouring tokens of one document that one rank holds in neighbouring rows."""

@@ -18,8 +18,6 @@ from olmo_core.nn.attention.parallel.plan import check_documents
 from olmo_core.nn.attention.parallel.readings import Reading, read_documents
 from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
 
-__all__ = ["ARGUMENTS", "LIBRARY", "TAGS", "Shard", "documents_of", "register_attention"]
-
 LIBRARY = torch.library.Library("olmo_core", "FRAGMENT")
 TAGS = (torch.Tag.cudagraph_unsafe,)
 ARGUMENTS = (

@@ -13,17 +13,6 @@ from olmo_core.nn.attention.parallel.layout import LAYOUTS, SpanTable, count_up
 from olmo_core.nn.attention.parallel.readings import Reading, short
 from olmo_core.nn.attention.segments import Segments
 
-__all__ = [
-    "WHOLE",
-    "GatherPlan",
-    "RingPlan",
-    "check_documents",
-    "gather_plan",
-    "plan_positions",
-    "ring_plan",
-    "span_table",
-]
-
 WHOLE = "whole"
 """In place of a layout's name: every Ulysses group has all of the sequence."""
 

@@ -10,8 +10,6 @@ from olmo_core.nn.attention.parallel.plan import plan_positions
 from olmo_core.nn.attention.parallel.readings import read_documents
 from olmo_core.nn.dispatch import register_inference
 
-__all__ = ["shard_positions"]
-
 
 def _forward(
     x: Tensor,

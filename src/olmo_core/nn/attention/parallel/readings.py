@@ -19,8 +19,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from olmo_core.nn.lengths import host_lengths
 
-__all__ = ["Reading", "is_known", "read", "read_documents", "short"]
-
 T = TypeVar("T")
 
 _CHANGED = (

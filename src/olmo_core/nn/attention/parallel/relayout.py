@@ -20,8 +20,6 @@ from olmo_core.nn.attention.parallel.plan import WHOLE, span_table
 from olmo_core.nn.attention.parallel.readings import Reading
 from olmo_core.nn.dispatch import register_differentiable
 
-__all__ = ["from_contiguous", "relayout", "relayout_plan", "to_contiguous"]
-
 
 def to_contiguous(x: Tensor, context: ContextParallel, shard: Shard) -> tuple[Tensor, Shard]:
     """This rank's rows of contiguous shards, and what later ops are told.

@@ -27,8 +27,6 @@ from olmo_core.nn.attention.parallel.op import (
 from olmo_core.nn.attention.parallel.plan import RingPlan, ring_plan
 from olmo_core.nn.attention.segments import Segments
 
-__all__ = ["Step", "merge_", "ring", "ring_steps"]
-
 
 class Step(NamedTuple):
     """One shard of keys: which queries see which of them, and how."""

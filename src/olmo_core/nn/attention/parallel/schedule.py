@@ -13,8 +13,6 @@ from olmo_core.nn.attention.parallel.ulysses import ulysses
 from olmo_core.nn.attention.segments import Segments
 from olmo_core.nn.dispatch import cast_for_autocast
 
-__all__ = ["attend_sharded", "refuse_dropout"]
-
 
 def attend_sharded(
     q: Tensor,

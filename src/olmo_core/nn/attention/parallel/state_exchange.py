@@ -27,8 +27,6 @@ from olmo_core.nn.attention.parallel.op import ARGUMENTS, LIBRARY, TAGS, Shard, 
 from olmo_core.nn.attention.parallel.readings import Reading
 from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
 
-__all__ = ["StatePlan", "sharded_gated_delta_rule", "state_plan"]
-
 
 @dataclass(frozen=True)
 class StatePlan:

@@ -17,8 +17,6 @@ from olmo_core.distributed.collectives import place_in, swap
 from olmo_core.nn.attention.parallel.op import ARGUMENTS, LIBRARY, TAGS, Shard, agreed_documents
 from olmo_core.nn.dispatch import register_differentiable
 
-__all__ = ["check_heads", "swap_heads", "ulysses"]
-
 
 def check_heads(n_heads: int, n_kv_heads: int, degree: int) -> int:
     """How often kv heads must be repeated so that ``degree`` ranks can share the heads.

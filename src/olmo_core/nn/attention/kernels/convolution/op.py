@@ -21,8 +21,6 @@ from olmo_core.nn.dispatch import refuse_second_derivative, register_differentia
 
 from .torch_form import torch_backward, torch_forward
 
-__all__ = ["ROWS", "Stream", "choice", "convolution_ahead", "short_convolution"]
-
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 _CALL: dict[str, Callable[..., Any]] = {}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from olmo_core.nn.functional import compute_dtype
 
-__all__ = ["torch_backward", "torch_forward"]
-
 # Floats of a block on a CPU: its k + 2 passes then run in the second-level cache.
 _CPU_BLOCK = 128 << 10
 

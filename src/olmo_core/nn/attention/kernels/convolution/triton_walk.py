@@ -22,8 +22,6 @@ from torch import Tensor
 
 from olmo_core.nn.attention.kernels.launch import launch
 
-__all__ = ["launch_backward", "launch_forward"]
-
 _BLOCK = 128  # channels
 _WARPS = 4
 # By measurement: a thread's elements, each of which keeps K - 1 past ones; the tokens of a span,

@@ -13,8 +13,6 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels.decode.slots import store
 from olmo_core.nn.lengths import can_be_read
 
-__all__ = ["decode", "masked", "unsupported"]
-
 
 def unsupported(q: Tensor, k_cache: Tensor) -> str | None:
     """None: it serves all tensors."""

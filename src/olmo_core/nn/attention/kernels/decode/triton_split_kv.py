@@ -25,8 +25,6 @@ from olmo_core.nn.attention.kernels.rows import rows
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors, triton_refusal
 from olmo_core.nn.dispatch import is_observed, on_its_device, register_inference
 
-__all__ = ["decode", "split_kv", "unsupported"]
-
 _MAX_GROUP = 128  # query heads of a kv head
 _MAX_HEAD_DIM = 256
 _MAX_SPLITS = 64

@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["launch"]
-
 _LOG2_E = 1.4426950408889634
 _WARPS = 4
 _BLOCK_BYTES = 16384  # of keys, and of values, in one step

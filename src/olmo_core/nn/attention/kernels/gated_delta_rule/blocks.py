@@ -12,8 +12,6 @@ import torch
 
 from olmo_core.nn.attention.kernels.triton_driver import shared_memory_kib
 
-__all__ = ["LEAST_SHARED_KIB", "SCANS", "ScanBlocks", "scan_blocks"]
-
 
 @dataclass(frozen=True)
 class ScanBlocks:

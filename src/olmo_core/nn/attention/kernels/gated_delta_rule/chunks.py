@@ -22,15 +22,6 @@ from torch import Tensor
 
 from olmo_core.nn.lengths import ends_before
 
-__all__ = [
-    "QK_NORM_EPS",
-    "ChunkGrid",
-    "Decays",
-    "Workspace",
-    "accumulation_dtype",
-    "invert_unit_lower",
-]
-
 QK_NORM_EPS = 1e-6
 """Added to the sum of squares when queries and keys are normalised (fla and Hugging Face agree)."""
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from .op import gated_delta_rule
 from .probe import BOUND, Problem, relative_error
 
-__all__ = ["fla_gated_delta_rule", "fla_usable"]
-
 
 def fla_gated_delta_rule(
     q: Tensor,

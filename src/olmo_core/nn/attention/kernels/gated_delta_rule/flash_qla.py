@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.apart import apart, on_device
 from olmo_core.nn.dispatch import cast_for_autocast, is_observed
 from olmo_core.nn.functional import largest
 from olmo_core.nn.lengths import check_cu_doc_lens
@@ -17,9 +18,7 @@ from olmo_core.nn.lengths import check_cu_doc_lens
 from .flash_qla_machine import machine_refusal
 from .flash_qla_times import worth_it
 from .op import check_inputs, gated_delta_rule
-from .probe import BOUND, Problem, apart, on_device, relative_error
-
-__all__ = ["flash_qla_gated_delta_rule", "flash_qla_refusal", "flash_qla_usable"]
+from .probe import BOUND, Problem, relative_error
 
 _DIM = 128
 _DTYPES = (torch.bfloat16, torch.float16)

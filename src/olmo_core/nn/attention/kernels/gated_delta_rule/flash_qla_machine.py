@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["machine_refusal"]
-
 
 def machine_refusal(device: torch.device) -> str | None:
     """Why FlashQLA doesn't run on a CUDA device, or None if it may.

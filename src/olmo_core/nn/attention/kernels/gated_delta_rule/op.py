@@ -40,8 +40,6 @@ from .triton_rule import (
     unsupported,
 )
 
-__all__ = ["FORMS", "SAVED", "Form", "form_of", "gated_delta_rule", "saved_outputs"]
-
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 _CALL: dict[str, Callable[..., Any]] = {}
 SAVED = len(fields_of(Saved))

@@ -6,23 +6,18 @@ on a small problem of the shapes they are asked for, before they may serve.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from olmo_core.nn.attention.kernels.apart import apart
 from olmo_core.nn.functional import largest
 
 from .torch_backward import chunked_backward
 from .torch_forward import chunked_forward
-
-__all__ = ["BOUND", "Problem", "apart", "relative_error", "try_kernels"]
-
-R = TypeVar("R")
 
 # Twice what bfloat16 rounding of inputs, states and results leaves on the problem.
 BOUND = 3e-2
@@ -64,32 +59,6 @@ def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
     """The largest norm of a difference over the norm of what is wanted; NaN if any is."""
     pairs = [(a.double(), b.double()) for a, b in zip(got, want, strict=True)]
     return largest(((a - b).norm() / b.norm()).item() for a, b in pairs)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Where Triton launches is the thread's current device, not a tensor's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def apart(device: torch.device, work: Callable[[], R]) -> R:
-    """What ``work`` returns or raises in a thread of its own with ``device`` current: no mode of
-    the caller's is at work there, neither fake tensors nor autocast nor inference."""
-    results: list[R] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            with on_device(device):
-                results.append(work())
-        except BaseException as e:
-            errors.append(e)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 def try_kernels(

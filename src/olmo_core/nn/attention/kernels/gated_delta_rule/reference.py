@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["gated_delta_rule_reference"]
-
 
 def gated_delta_rule_reference(
     q: Tensor,

@@ -14,8 +14,6 @@ from .flash_qla import flash_qla_gated_delta_rule, flash_qla_refusal
 from .op import gated_delta_rule
 from .triton_rule import unsupported
 
-__all__ = ["RULES", "Rule", "choose_rule"]
-
 Rule = Callable[..., tuple[Tensor, Tensor]]
 """Called as :func:`.op.gated_delta_rule` is."""
 

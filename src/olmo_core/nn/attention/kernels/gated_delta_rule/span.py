@@ -21,8 +21,6 @@ from torch import Tensor
 from .op import Form, form_of, saved_outputs
 from .torch_forward import Saved
 
-__all__ = ["span_backward", "span_forward"]
-
 
 def span_forward(
     q: Tensor,

@@ -14,16 +14,6 @@ from olmo_core.nn.dispatch import on_its_device
 
 from .chunks import QK_NORM_EPS
 
-__all__ = [
-    "DTYPES",
-    "MOST_KEYS",
-    "MOST_ROWS",
-    "STEPS",
-    "choose_step",
-    "gated_delta_rule_step_",
-    "normalize",
-]
-
 MOST_ROWS = 65535  # programs along a grid's second dimension
 MOST_KEYS = 512  # a state's rows that a program holds in registers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

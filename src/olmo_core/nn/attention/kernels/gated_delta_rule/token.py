@@ -17,8 +17,6 @@ from olmo_core.nn.dispatch import on_its_device
 
 from .step import DTYPES, MOST_KEYS, MOST_ROWS
 
-__all__ = ["TokenWeights", "advance_token_", "token_refusal"]
-
 _LONGEST = 8  # kernel size, as that of the convolution's other kernels
 
 

@@ -34,8 +34,6 @@ from .torch_forward import (
     scores,
 )
 
-__all__ = ["Backward", "chunked_backward"]
-
 
 def chunked_backward(
     dout: Tensor,

@@ -31,18 +31,6 @@ from .chunks import (
     invert_unit_lower,
 )
 
-__all__ = [
-    "Forward",
-    "Prepared",
-    "Saved",
-    "chunked_forward",
-    "load_queries_keys",
-    "query_key_factors",
-    "readers_writers",
-    "scores",
-]
-
-
 Room = Callable[..., Tensor]
 """Memory for a tensor: called as a :class:`.chunks.Workspace` is, with a name and a shape."""
 

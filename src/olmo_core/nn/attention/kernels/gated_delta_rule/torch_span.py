@@ -26,8 +26,6 @@ from torch import Tensor
 from .torch_backward import Backward
 from .torch_forward import Forward, Prepared, Saved
 
-__all__ = ["chunked_span_backward", "chunked_span_forward"]
-
 
 def chunked_span_forward(
     q: Tensor,

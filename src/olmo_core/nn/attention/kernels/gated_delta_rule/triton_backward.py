@@ -46,8 +46,6 @@ from .triton_shared import (
     whole_decay,
 )
 
-__all__ = ["launch_backward"]
-
 _MOST_KEYS = 128  # whose gradients a program holds in registers
 
 

@@ -40,8 +40,6 @@ from .triton_shared import (
     whole_decay,
 )
 
-__all__ = ["launch_forward"]
-
 
 @triton.jit
 def _halves_dot(a, b, LOW: tl.constexpr):

@@ -27,18 +27,6 @@ from .chunks import ChunkGrid
 from .probe import Problem, try_kernels
 from .torch_forward import Saved
 
-__all__ = [
-    "probe_answer",
-    "probed",
-    "rule_ahead",
-    "saved_like",
-    "triton_backward",
-    "triton_forward",
-    "triton_span_backward",
-    "triton_span_forward",
-    "unsupported",
-]
-
 _CHUNK = 64  # tokens: the row count of one tensor core instruction
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_KEY_DIM = 256

@@ -27,8 +27,6 @@ from .triton_shared import (
     whole_decay,
 )
 
-__all__ = ["launch_map"]
-
 
 @triton.jit(do_not_specialize=["padding", "rows", "chunks", "first"])
 def _map(

@@ -17,8 +17,6 @@ from olmo_core.nn.attention.kernels.triton_math import sigmoid, softplus
 
 from .chunks import QK_NORM_EPS
 
-__all__ = ["launch_step"]
-
 _BLOCK_V = 32  # 128 bytes of float32
 _WARPS = 4
 

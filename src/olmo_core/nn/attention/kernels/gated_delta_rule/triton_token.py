@@ -16,8 +16,6 @@ from torch import Tensor
 
 from olmo_core.nn.attention.kernels.launch import launch
 
-__all__ = ["launch_convolution"]
-
 _BLOCK = 256  # channels
 
 

@@ -21,17 +21,6 @@ from olmo_core.nn.dispatch import refuse_second_derivative, register_differentia
 
 from .torch_form import torch_decay_gates, torch_gated_rms_norm, torch_sigmoid_gate
 
-__all__ = [
-    "GATED_NORM",
-    "GATES",
-    "SIGMOID_GATE",
-    "decay_gates",
-    "decay_gates_ahead",
-    "gated_norm_ahead",
-    "gated_rms_norm",
-    "sigmoid_gate",
-]
-
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")
 _CALL: dict[str, Callable[..., Any]] = {}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from olmo_core.nn.functional import compute_dtype
 
-__all__ = ["torch_decay_gates", "torch_gated_rms_norm", "torch_sigmoid_gate"]
-
 
 def torch_decay_gates(
     a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, padding: Tensor | None, double: bool

@@ -17,15 +17,6 @@ from olmo_core.nn.attention.kernels.launch import launch
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors
 from olmo_core.nn.attention.kernels.triton_math import sigmoid, softplus
 
-__all__ = [
-    "decay_backward",
-    "decay_forward",
-    "norm_backward",
-    "norm_forward",
-    "sigmoid_backward",
-    "sigmoid_forward",
-]
-
 _TILE = 2048  # elements of a program's tile, of which each thread of four warps has 16
 _PROGRAMS_PER_SM = 8
 

@@ -28,8 +28,6 @@ from olmo_core.nn.attention.kernels.rows import rows
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
 from olmo_core.nn.dispatch import refuse_second_derivative, register_differentiable
 
-__all__ = ["qk_norm_rope", "rope_only", "row_stat", "unsupported"]
-
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_ROW = 32768  # elements of one token's heads that a program can hold in registers
 _LIB = torch.library.Library("olmo_core", "FRAGMENT")

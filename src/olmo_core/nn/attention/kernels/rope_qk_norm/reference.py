@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_arguments", "norm_widths", "qk_norm_rope_reference", "table_width"]
-
 
 def qk_norm_rope_reference(
     q: Tensor,

@@ -23,8 +23,6 @@ from torch import Tensor
 
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors
 
-__all__ = ["launch_backward", "launch_forward"]
-
 _TILE = 2048  # elements a program holds at once: 16 a thread at 4 warps
 _WARPS = 8
 _BACKWARD_PROGRAMS_PER_SM = 4  # each keeps its share of the weights' gradients in registers

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from olmo_core.nn.attention.segments import Segments
 
-__all__ = ["Block", "blocks"]
-
 
 class Block(NamedTuple):
     """Queries ``[q0, q1)`` over keys ``[k0, k1)``.

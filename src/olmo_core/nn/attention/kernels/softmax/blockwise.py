@@ -18,8 +18,6 @@ from olmo_core.nn.attention.kernels.softmax.blocks import Block, blocks
 from olmo_core.nn.attention.kernels.softmax.torch_ops import no_rng
 from olmo_core.nn.attention.segments import Segments
 
-__all__ = ["backward", "forward"]
-
 _ROWS = 128
 
 

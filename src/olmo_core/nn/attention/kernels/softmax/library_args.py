@@ -9,19 +9,6 @@ from torch import Tensor
 
 from olmo_core.nn.attention.segments import Segments
 
-__all__ = [
-    "batched",
-    "empty_backward",
-    "empty_forward",
-    "flat",
-    "flat_lse",
-    "is_empty",
-    "may_have_empty_rows",
-    "sees_nothing",
-    "window_offsets",
-    "without_queries",
-]
-
 
 def flat(s: Segments, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The libraries take problems with lengths as ``(tokens, heads, head_dim)``."""

@@ -15,8 +15,6 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels.softmax.torch_ops import cpu_flash_backward, cpu_flash_forward
 from olmo_core.nn.attention.segments import Segments
 
-__all__ = ["Order", "backward", "forward", "order"]
-
 _SHORT = 24
 
 

@@ -14,16 +14,6 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels.softmax.library_args import flat, flat_lse, may_have_empty_rows
 from olmo_core.nn.attention.segments import Segments
 
-__all__ = [
-    "cpu_flash_backward",
-    "cpu_flash_forward",
-    "cuda_flash_backward",
-    "cuda_flash_forward",
-    "cudnn_backward",
-    "cudnn_forward",
-    "no_rng",
-]
-
 _aten = torch.ops.aten
 
 
