@@ -14,11 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from olmo_core.nn.attention.kernels.gated_delta_rule.flash_qla import (
-    flash_qla_gated_delta_rule,
-    flash_qla_usable,
-)
+from olmo_core.nn.attention.kernels.gated_delta_rule.flash_qla import flash_qla_gated_delta_rule
 from olmo_core.nn.attention.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from olmo_core.nn.attention.kernels.gated_delta_rule.rules import choose_rule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,6 +85,8 @@ def test_outputs_states_and_gradients(case: str) -> None:
     assert all(error <= BOUND for error in errors.values()), errors
 
 
-def test_its_probe_agrees() -> None:
-    usable, reason = flash_qla_usable(torch.device("cuda", torch.cuda.current_device()))
-    assert usable, reason
+def test_it_is_chosen_where_its_probe_agrees() -> None:
+    q, _, v, *_ = make(2, 8192, 32, 128)
+    assert choose_rule(q, v).name == "flash_qla"
+    q.requires_grad_()
+    assert choose_rule(q, v).name == "flash_qla"

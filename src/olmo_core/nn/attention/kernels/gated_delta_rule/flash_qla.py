@@ -1,6 +1,6 @@
 """FlashQLA's gated delta rule (PyPI ``flash-qla``), for calls where it measured faster.
 
-TileLang compiles its kernels with nvcc when they are first needed, 10 to 60 seconds each, once for
+TileLang compiles its kernels with nvcc when they are first needed, 40 to 90 seconds each, once for
 each number of heads, and keeps them in a cache on disk. They know keys and values of 128 dims:
 wider values are several value heads of the same keys and gates.
 """
@@ -128,8 +128,6 @@ def flash_qla_refusal(q: Tensor, v: Tensor) -> str | None:
     :param q: (B, T, H, K).
     :param v: (B, T, HV, V).
     """
-    if not q.is_cuda:
-        return f"it runs on CUDA devices, not on {q.device.type}"
     if (reason := machine_refusal(q.device)) is not None:
         return reason
     if is_observed((q, v)):
@@ -149,19 +147,6 @@ def flash_qla_refusal(q: Tensor, v: Tensor) -> str | None:
     problem = Problem(q.device, q.dtype, _DIM, v.shape[3], group, key_heads, batch)
     usable, answer = _probe(problem, needs_grad)
     return None if usable else answer
-
-
-def flash_qla_usable(device: torch.device | str) -> tuple[bool, str]:
-    """Whether :func:`flash_qla_gated_delta_rule` computes correctly here, forward and backward, and
-    why (not): in the heads that were measured. Never raises; compiles for minutes when first asked.
-    """
-    device = torch.device(device)
-    if device.type != "cuda":
-        return False, f"it runs on CUDA devices, not on {device.type}"
-    if (reason := machine_refusal(device)) is not None:
-        return False, reason
-    problem = Problem(device, torch.bfloat16, _DIM, 2 * _DIM, 1, key_heads=16, batch=2)
-    return _probe(problem, True)
 
 
 _PROBED: dict[tuple[Problem, bool], tuple[bool, str]] = {}

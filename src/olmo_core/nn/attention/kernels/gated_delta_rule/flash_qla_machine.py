@@ -14,10 +14,12 @@ import torch
 
 
 def machine_refusal(device: torch.device) -> str | None:
-    """Why FlashQLA doesn't run on a CUDA device, or None if it may.
+    """Why FlashQLA doesn't run on a device, or None if it may.
 
     It supports newer GPUs than Hopper too, on which nobody measured it here.
     """
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, not on {device.type}"
     if (reason := _package_refusal()) is not None:
         return reason
     capability = torch.cuda.get_device_capability(device)

@@ -34,7 +34,7 @@ RULES: tuple[Row[Rule], ...] = (
         "flash_qla",
         flash_qla_gated_delta_rule,
         "it measured faster for such a call, and its probe agrees with torch; its kernels compile "
-        "for 10 to 60 s each when they are first needed, and are kept on disk",
+        "for 40 to 90 s each when they are first needed, and are kept on disk",
         flash_qla_refusal,
     ),
     Row("triton", gated_delta_rule, "its kernels serve these inputs here", _refusal),
