@@ -1,305 +1,123 @@
-"""Context parallelism without its messages: how even the work of ranks is, and what sharding costs.
+"""Context parallelism on the ranks that torchrun has started: checks first, then times.
 
-Every rank's part is run in turn on this machine, forward and backward, by the ops that the layers
-use; what would come from other ranks is there already. *balance* is the slowest rank over the mean;
-*tax* is the sum of all ranks over the time of one process with the whole sequence, so 1.00 is ideal
-for both. Neither says anything about communication, which goes on while kernels compute.
+    torchrun --nproc-per-node 8 -m benchmarks.context_parallel [checks] [times] [trace] [train]
 
-One document; log-normal documents (median 1500 tokens a shard of 16K, sigma 1.2; shorter shards
-have shorter ones), without a limit and with one of half a shard; and the first with a window of a
-quarter of a shard. bf16, 16 query heads and 4 kv heads of 128 on a GPU; float32, 4 and 2 of 32 on a
-CPU. The next lines are the time to plan a batch on the host, of 8 ranks with 2,000 documents.
+Any number of ranks; over NCCL where each has a GPU, over gloo elsewhere. Without torchrun it starts
+a rank for each GPU, or two on CPUs.
 
-*delta* is the gated delta rule of a rank inside a document, over the rule alone on as many tokens:
-T 8192, 16 heads of 128/256 on a GPU; T 2048, 4 key and 8 value heads of 64/128 on a CPU. An inner
-rank finds its map of the state before its outputs, and its initial state's gradient before the
-others; *two calls* is that by calling the rule twice, as a form without passes for it does.
+*checks*: every layer of ``verify`` on every style of sharding, with and without documents and
+windows, against the dense float64 reference, eager, checkpointed and compiled; the same bits when
+asked twice; input that differs between ranks is an error on all of them; FSDP2 x CP x TP with
+prefetch ends; what other ranks' keys take of memory; the host's waits; a killed rank ends the job.
+A line each, and an exit code other than 0 if one fails. Run them before you believe a time.
 
-    python -m benchmarks.context_parallel [delta]
+*times*: the share of the ideal that N ranks reach, t1 / (N tN), forward and forward + backward: t1
+is one device's time for all N T tokens (from as many parts as there are ranks where it can't hold
+them: marked ``*``), tN the slowest rank's for its T tokens. Under four masks: one document,
+documents of 12-24K tokens, log-normal ones (median 1500, sigma 1.2), a window of 4096. *silent* is
+the same with messages that are answered at once, so what it is above is exposed communication.
+``torch`` is torch's own experimental context_parallel, which takes one document. Then the time to
+plan a batch and to agree on it, which is a step's whatever its layers, and the gated delta net by
+exchange of states against Ulysses.
 
-takes some minutes on a CPU, and seconds for delta alone.
+*trace*: a profile of one forward, ``$OUT/trace.json`` for chrome://tracing or Perfetto, and the
+share of each group's message that is beneath the kernel of the group before it.
+
+*train*: tokens a second of ``olmo-core train`` on one rank and on all, as jobs of their own.
+
+A line is printed as soon as it is known, and ``$OUT`` has all of them as JSON, so that a time limit
+loses nothing that was measured. Sizes: ``benchmarks/sharded/sizes.py``; ``--tiny`` tries every line
+of it on two CPU ranks in a minute.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import random
-import statistics
+import argparse
+import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from functools import partial
-from itertools import pairwise, product
-from typing import Any, TypeVar
-from unittest import mock
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from olmo_core.distributed import collectives
-from olmo_core.distributed.collectives import Pending
-from olmo_core.nn.attention.attend import attend
-from olmo_core.nn.attention.backend import AttentionBackendName
-from olmo_core.nn.attention.kernels.gated_delta_rule import gated_delta_rule, op
-from olmo_core.nn.attention.kernels.table import choose
-from olmo_core.nn.attention.parallel import gather, ring, state_exchange, ulysses
-from olmo_core.nn.attention.parallel.balancers import RingAttentionLoadBalancerType
-from olmo_core.nn.attention.parallel.context import ContextParallel
-from olmo_core.nn.attention.parallel.layout import LAYOUTS
-from olmo_core.nn.attention.parallel.op import Shard
-from olmo_core.nn.attention.parallel.plan import gather_plan
-from olmo_core.nn.attention.parallel.readings import Reading
-from olmo_core.nn.attention.parallel.schedule import attend_sharded
-from olmo_core.nn.attention.segments import Segments
+from olmo_core.diagnostics.verify import mixer_names
+from olmo_core.distributed.launched import number_started
 
-T = TypeVar("T")
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-DTYPE = torch.bfloat16 if CUDA else torch.float32
-HEADS, KV_HEADS, DIM = (16, 4, 128) if CUDA else (4, 2, 32)
-ROWS = (8192, 32768) if CUDA else (256, 1024)
-RANKS = (2, 4, 8)
-KERNEL = "flash_2" if CUDA else "torch"
-RUNS = 3 if CUDA else 1
-STYLES = ("llama3", "zig_zag", "balanced")
-DELTA = (8192, 16, 16, 128, 256) if CUDA else (2048, 4, 8, 64, 128)
-DELTA_RUNS = 31 if CUDA else 11
+if TYPE_CHECKING:
+    from benchmarks.sharded.job import Job
+
+PARTS = ("checks", "times", "trace", "train")
 
 
-def log_normal(total: int, rows: int, longest: float) -> list[int]:
-    rng, cu = random.Random(0), [0]
-    while cu[-1] < total:
-        length = int(rng.lognormvariate(math.log(1500), 1.2) * rows / 16384) + 1
-        cu.append(int(min(total, cu[-1] + min(length, longest))))
-    return cu
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """What was asked for. Exits with a message if it can't be done."""
+    parser = argparse.ArgumentParser("benchmarks.context_parallel", allow_abbrev=False)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; or all")
+    parser.add_argument("--tiny", action="store_true", help="sizes for CPUs, to try the script")
+    parser.add_argument("--only", default="", metavar="TEXT", help="checks whose name contains it")
+    parser.add_argument("--mixer", action="append", default=[], help="of verify's; several times")
+    parser.add_argument("--no-launches", action="store_true", help="no checks by jobs of their own")
+    parser.add_argument("--patience", type=float, default=120.0, help="seconds to wait for a rank")
+    options = parser.parse_args(arguments)
+    if unknown := sorted({*options.parts} - {*PARTS}):
+        parser.error(f"no such part: {', '.join(unknown)}. Choose from {', '.join(PARTS)}.")
+    options.parts = options.parts or list(PARTS)
+    options.mixer = mixer_names(options.mixer) if options.mixer else []
+    return options
 
 
-def masks(total: int, rows: int) -> Iterator[tuple[str, list[int], int]]:
-    yield "one document", [0, total], -1
-    yield "log-normal", log_normal(total, rows, math.inf), -1
-    yield "log-normal, short", log_normal(total, rows, rows / 2), -1
-    yield "window", [0, total], rows // 4
+def started_by_itself(arguments: Sequence[str]) -> None:
+    """Become torchrun, with a rank for each GPU."""
+    ranks = torch.cuda.device_count() if torch.cuda.is_available() else 2
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(ranks), "-m", "benchmarks.context_parallel", *arguments,
+    ]  # fmt: skip
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or torchrun says at length that it sets it
+    os.execv(sys.executable, command)
 
 
-def padded(cu: list[int], multiple: int, rows: int, n: int) -> list[int]:
-    """Documents as zig-zag needs them, of as many tokens in all."""
-    lengths = [(b - a) // multiple * multiple for a, b in pairwise(cu)]
-    lengths = [length for length in lengths if length]
-    lengths.append(n * rows - sum(lengths))
-    return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+def main(arguments: Sequence[str]) -> int:
+    options = parsed(arguments)
+    if number_started() == 1 and "RANK" not in os.environ:
+        started_by_itself(arguments)
+    # cuBLAS is deterministic only if it is told before its first call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    from benchmarks.sharded.job import Job
+
+    job = Job(patience=options.patience, tiny=options.tiny)
+    if "checks" in options.parts and not checked(job, options):
+        return 1  # without a word to ranks that may be lost
+    if "times" in options.parts:
+        from benchmarks.sharded.times import measure
+
+        measure(job)
+    if "trace" in options.parts:
+        from benchmarks.sharded.trace import trace
+
+        trace(job)
+    if "train" in options.parts:
+        from benchmarks.sharded.training import train
+
+        train(job)
+    job.leave()
+    return 0
 
 
-@contextmanager
-def virtual_rank(rank: int, n: int) -> Iterator[None]:
-    """Ops run as on ``rank`` of ``n``; messages are answered at once, with anything."""
-    answers: dict[Any, Tensor] = {}
+def checked(job: Job, options: argparse.Namespace) -> bool:
+    """Whether all checks have passed that were asked for."""
+    from benchmarks.sharded import answers, composed, costs, refusals
+    from benchmarks.sharded.checks import Check, run_checks
 
-    def exchange(x: Tensor, send: Any, receive: Any, group: str) -> Pending:
-        shape = (sum(receive), *x.shape[1:])
-        if (shape, x.dtype) not in answers:
-            answers[shape, x.dtype] = torch.randn(shape, device=x.device).to(x.dtype)
-        return Pending(answers[shape, x.dtype])
+    def every() -> Iterator[Check]:
+        yield from answers.checks(job, options.mixer)
+        yield from refusals.checks(job)
+        yield from costs.checks(job)
+        yield from composed.checks(job, launches=not options.no_launches)
 
-    def place_in(group: str) -> tuple[int, int]:
-        return rank, n
-
-    modules: list[Any] = [collectives, gather, ring, ulysses]
-    real = collectives.exchange, collectives.place_in
-    collectives.exchange = exchange
-    for module in modules:
-        module.place_in = place_in
-    try:
-        yield
-    finally:
-        collectives.exchange = real[0]
-        for module in modules:
-            module.place_in = real[1]
-
-
-def elapsed(call: Callable[[], T]) -> tuple[float, T]:
-    """Seconds and the result; on a CPU of its own time, whoever else computes."""
-    if not CUDA:
-        begun = time.process_time()
-        result = call()
-        return time.process_time() - begun, result
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    result = call()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop) / 1e3, result
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """The median."""
-    call()
-    return statistics.median(elapsed(call)[0] for _ in range(RUNS))
-
-
-def draw(tokens: int) -> tuple[list[Tensor], Tensor]:
-    qkv = [
-        torch.randn(1, tokens, n, DIM, device=DEVICE, dtype=DTYPE).requires_grad_()
-        for n in (HEADS, KV_HEADS, KV_HEADS)
-    ]
-    return qkv, torch.randn(1, tokens, HEADS, DIM, device=DEVICE, dtype=DTYPE)
-
-
-def both_ways(function: Callable[..., Tensor], qkv: list[Tensor], dout: Tensor) -> None:
-    torch.autograd.grad(function(*qkv), qkv, dout)
-
-
-def unsharded(cu: list[int], window: int) -> float:
-    qkv, dout = draw(cu[-1])
-    lengths = torch.tensor(cu, dtype=torch.int32, device=DEVICE)
-    longest = max(b - a for a, b in pairwise(cu))
-    segments = Segments.documents(lengths, longest, window=window)
-
-    def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, segments, scale=DIM**-0.5, kernel=KERNEL)
-
-    return seconds(lambda: both_ways(whole, qkv, dout))
-
-
-def of_ranks(style: str, n: int, rows: int, cu: list[int], window: int, stride: int) -> list[float]:
-    """The seconds of each rank."""
-    kind = RingAttentionLoadBalancerType(style)
-    qkv, dout = draw(rows)
-    lengths = torch.tensor(cu, dtype=torch.int32, device=DEVICE)
-    times = []
-    for rank in range(n):
-        context = ContextParallel(kind, kind.layout.name, stride, n, rank, "ring", 1, 0, "", "")
-
-        def sharded(q: Tensor, k: Tensor, v: Tensor, context: ContextParallel = context) -> Tensor:
-            return attend_sharded(
-                q, k, v, context, lengths, window=window, scale=DIM**-0.5, kernel=KERNEL
-            )
-
-        with virtual_rank(rank, n):
-            times.append(seconds(lambda: both_ways(sharded, qkv, dout)))
-    return times
-
-
-def plan_milliseconds(layout: str, rows: int) -> float:
-    n = 8
-    total, rng, cu = n * rows, random.Random(0), [0]
-    while cu[-1] < total:
-        cu.append(min(total, cu[-1] + max(2 * n, int(rng.gauss(1, 0.3) * total / 2000) // 16 * 16)))
-    times = []
-    for _ in range(5):
-        reading = Reading(cu, torch.device("cpu"))
-        start = time.perf_counter()
-        gather_plan(reading, layout, n, n // 2, -1, 1)
-        times.append(1e3 * (time.perf_counter() - start))
-    return min(times)
-
-
-def two_calls() -> Any:
-    """Inside, forms of the delta rule have no passes for spans."""
-    without = [
-        replace(row, run=replace(row.run, span_forward=None, span_backward=None))
-        for row in op.FORMS
-    ]
-    return mock.patch.object(op, "FORMS", tuple(without))
-
-
-def run_ahead() -> None:
-    """Keep a GPU busy while the host launches what is timed, as it is in training."""
-    if CUDA:
-        torch.cuda._sleep(4_000_000)
-
-
-def delta() -> dict[str, Any]:
-    """Milliseconds of the rule alone, and of a shard over it."""
-    tokens, heads, value_heads, key_dim, value_dim = DELTA
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(1, tokens, *shape, device=DEVICE)
-
-    halves = [randn(heads, key_dim), randn(heads, key_dim), randn(value_heads, value_dim)]
-    gates = [-0.2 * randn(value_heads).abs(), randn(value_heads).sigmoid()]
-    inputs = [x.requires_grad_() for x in (*(x.to(DTYPE) for x in halves), *gates)]
-    dout = torch.randn_like(inputs[2])
-    shard = Shard(None, "contiguous", False, -1, 1, key_dim**-0.5, "", "", "")
-
-    def gathered(x: Tensor, group: str) -> Pending:
-        return Pending(torch.stack((x, x, x)))
-
-    def whole() -> Tensor:
-        return gated_delta_rule(*inputs, normalize_qk=True)[0]
-
-    def sharded() -> Tensor:
-        q, k, v, g, beta = inputs
-        return state_exchange.sharded_gated_delta_rule(q, k, v, g, beta, shard, normalize_qk=True)
-
-    cases = (("whole", whole, nullcontext), ("shard", sharded, nullcontext),
-             ("two calls", sharded, two_calls))  # fmt: skip
-    times: dict[tuple[str, str], list[float]] = {}
-    with (
-        mock.patch.object(state_exchange, "all_gather", gathered),
-        mock.patch.object(state_exchange, "place_in", lambda _: (1, 3)),
-    ):
-        for run in range(DELTA_RUNS + 1):
-            for name, rule, within in cases:
-                with within():
-                    run_ahead()
-                    forward, out = elapsed(rule)
-                    run_ahead()
-                    backward, _ = elapsed(partial(torch.autograd.grad, out, inputs, dout))
-                if run:  # the first warms up
-                    times.setdefault((name, "forward"), []).append(forward)
-                    times.setdefault((name, "backward"), []).append(backward)
-    found: dict[str, Any] = {"T": tokens, "form": choose(op.FORMS, inputs[0], inputs[2]).name}
-    for way in ("forward", "backward"):
-        alone = times["whole", way]
-        found[f"{way}_ms"] = round(1e3 * statistics.median(alone), 3)
-        for name in ("shard", "two calls"):
-            ratios = [a / b for a, b in zip(times[name, way], alone, strict=True)]
-            found[f"{way}, {name}"] = round(statistics.median(ratios), 2)
-    print(f"delta: {found}")
-    return found
-
-
-def main() -> None:
-    torch.manual_seed(0)
-    if sys.argv[1:] == ["delta"]:
-        print(json.dumps(delta()))
-        return
-    if CUDA:
-        AttentionBackendName(KERNEL).assert_supported()
-    strides = {"1": 1, "2": 2, "all": KV_HEADS}
-    found: list[dict[str, Any]] = []
-    print(f"{KERNEL}, {HEADS} query and {KV_HEADS} kv heads of {DIM}, {DTYPE}; balance and tax")
-    print(f"{'':34}" + "".join(f"{f'{style}/{name}':>18}" for style in STYLES for name in strides))
-    sizes = sorted(product(RANKS, ROWS), key=lambda size: size[0] * size[1])
-    for n, rows in sizes:  # the long ones last, where they cost minutes
-        for name, ends, window in masks(n * rows, rows):
-            cu = padded(ends, 2 * n, rows, n)
-            alone = unsharded(cu, window)
-            line = f"{n} ranks x {rows:5}, {name:17}"
-            for style in STYLES:
-                for stride_name, stride in strides.items():
-                    if style == "zig_zag" and window < 0 and stride > 1:
-                        line += f"{'(ring)':>18}"  # all heads, whatever the stride
-                        continue
-                    times = of_ranks(style, n, rows, cu, window, stride)
-                    balance = max(times) * n / sum(times)
-                    tax = sum(times) / alone
-                    line += f"{f'{balance:.2f} {tax:.2f}':>18}"
-                    found.append(
-                        {"ranks": n, "rows": rows, "mask": name, "style": style,
-                         "head_stride": stride_name, "balance": balance, "tax": tax}
-                    )  # fmt: skip
-            print(line, flush=True)
-    for rows in (8192, 32768):
-        each = {name: round(plan_milliseconds(name, rows), 1) for name in LAYOUTS}
-        print(f"plan of 8 ranks x {rows}, 2000 documents, ms: {each}")
-        found.append({"plan_ms": each, "rows": rows})
-    found.append(delta())
-    print(json.dumps(found[-3:]))
+    return run_checks(job, [check for check in every() if options.only in check.name])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from olmo_core.diagnostics.measures import Comparison
-from olmo_core.diagnostics.sharded import TP, TP_CP, sharded_answer
+from olmo_core.diagnostics.sharded import HYBRID, TP, TP_CP, sharded_answer
 from olmo_core.diagnostics.subject import (
     BATCH,
     DOCUMENTS,
@@ -280,6 +280,12 @@ PROPERTIES: Mapping[str, Property] = MappingProxyType(
             ),
             _property("rollback", "after rollback = full", {Feature.kv_cache}, _rollback),
             *(_balanced(style) for style in RingAttentionLoadBalancerType),
+            _sharded(
+                HYBRID,
+                "ring x ulysses = whole",
+                {Feature.ring_cp, Feature.ulysses_cp},
+                lambda layer, ranks: _query_heads(layer, 2),
+            ),
             _sharded(TP, "heads dealt to ranks = whole", set(), _dealt_heads),
             _sharded(
                 TP_CP,

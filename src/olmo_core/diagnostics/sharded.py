@@ -6,6 +6,7 @@ first of these cells is checked; or those that torchrun has started.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,11 @@ from olmo_core.nn.attention.parallel.styles import (
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["TP", "TP_CP", "end_ranks", "sharded_answer", "use_ranks"]
+__all__ = ["HYBRID", "TP", "TP_CP", "RankPart", "end_ranks", "sharded_answer", "use_ranks"]
 
-TP, TP_CP = "tp", "tp_cp"
-"""Heads dealt to all ranks; heads to pairs of ranks, and sequences in zig-zag over the pairs."""
+TP, TP_CP, HYBRID = "tp", "tp_cp", "hybrid"
+"""Heads dealt to all ranks; heads to pairs of ranks, and sequences in zig-zag over the pairs;
+sequences in zig-zag over pairs that swap heads for tokens (Ulysses) inside."""
 _PATIENCE = 120.0
 _STARTED: dict[int, Ranks | StartedRanks] = {}
 
@@ -60,8 +62,7 @@ def sharded_answer(
 ) -> Answer:
     """What the whole layer answers, from shards: see :class:`Subject`.
 
-    :param style: A load balancer's name, :data:`TP` or :data:`TP_CP`.
-    :param problem: ``whole`` or ``documents``.
+    :param style: See :class:`RankPart`; ``problem`` too.
     :param ranks: How many.
     :raises RuntimeError: With what a rank raised.
     """
@@ -92,6 +93,8 @@ def _meshes(n: int, style: str, device_type: str) -> tuple[DeviceMesh | None, De
         both = init_device_mesh(device_type, (n // 2, 2), mesh_dim_names=("cp", "tp"))
         return both["cp"], both["tp"]
     # gloo takes tensors of any device; the mesh is of the processes.
+    if style == HYBRID:
+        return init_device_mesh("cpu", (n // 2, 2), mesh_dim_names=("ring", "ulysses")), None
     return init_device_mesh("cpu", (n,), mesh_dim_names=("cp",)), None
 
 
@@ -105,57 +108,93 @@ def _on_a_rank(
     style: str,
     problem: str,
 ) -> Answer | None:
-    device = torch.device(device_name)
-    subject = _subject(mixer, device)
-    layer = subject.layer(backend, dtype)
-    cp, tp = _meshes(n, style, device.type)
-    if tp is not None:
-        layer.apply_tp(tp)
-    kind = RingAttentionLoadBalancerType("zig_zag" if tp is not None else style)
-    if cp is not None and kind == RingAttentionLoadBalancerType.ulysses:
-        layer.apply_cp(cp, uly=UlyssesContextParallelStyle())
-    elif cp is not None:
-        layer.apply_cp(cp, ring=RingContextParallelStyle(kind))
+    subject = _subject(mixer, torch.device(device_name))
+    part = RankPart(n, subject, backend, dtype, style, problem)
+    whole = part.put_together(part.answer())
+    return whole if rank == 0 else None
 
-    x, dout = (y.to(device, dtype) for y in (subject.x, subject.dout))
-    tokens = torch.arange(BATCH * TOKENS, device=device).view(BATCH, TOKENS)
-    cu = subject.cu_doc_lens() if problem == "documents" else None
-    if cu is None and style == "llama3":  # which shards by document alone
-        cu = torch.arange(BATCH + 1, dtype=torch.int32, device=device) * TOKENS
-    keywords: dict[str, Any] = {}
-    shards = [x, dout, tokens]
-    if cu is not None:
-        shards = [y.flatten(0, 1)[None] for y in shards]
-        keywords = {"cu_doc_lens": cu}
-    if cp is not None and cu is None:
-        shards = kind.build(cp).batch_shard(
-            inputs=shards, seq_dims=[1, 1, 1], pad_values=[0.0, 0.0, -1]
+
+class RankPart:
+    """What one rank of ``n`` has of a layer and of its input. All ranks make and use theirs alike.
+
+    :param n: All ranks of the default process group.
+    :param style: A load balancer's name, :data:`HYBRID`, :data:`TP` or :data:`TP_CP`.
+    :param problem: ``whole`` or ``documents``.
+    """
+
+    keywords: dict[str, Any]
+    """What the layer is called with beside ``x``: the load balancer's."""
+
+    def __init__(
+        self, n: int, subject: Subject, backend: str, dtype: torch.dtype, style: str, problem: str
+    ):
+        device = subject.device
+        self.layer = subject.layer(backend, dtype)
+        self._cp, tp = _meshes(n, style, device.type)
+        if tp is not None:
+            self.layer.apply_tp(tp)
+        kind = RingAttentionLoadBalancerType(
+            "zig_zag" if style in (TP, TP_CP, HYBRID) else style
         )
-    elif cp is not None and cu is not None:
-        shards, keywords = kind.build(cp).batch_shard_by_document(
-            inputs=shards, seq_dims=[1, 1, 1], cu_doc_lens=cu, pad_values=[0.0, 0.0, -1]
-        )
-    x_shard, dout_shard, held = shards
-    x_shard = x_shard.detach().requires_grad_()
-    with torch.enable_grad():
-        out = layer(x_shard, **keywords)
-        params = dict(layer.named_parameters())
-        dx, *grads = torch.autograd.grad(out, [x_shard, *params.values()], dout_shard)
+        alone = kind == RingAttentionLoadBalancerType.ulysses
+        if self._cp is not None:
+            ring = None if alone else RingContextParallelStyle(kind)
+            uly = UlyssesContextParallelStyle() if alone or style == HYBRID else None
+            self.layer.apply_cp(self._cp, ring=ring, uly=uly)
 
-    answer = {n: _put_together(y, held, x, cp) for n, y in (("out", out.detach()), ("dx", dx))}
-    for (name, _), grad in zip(params.items(), grads, strict=True):
-        total = get_full_tensor(grad).cpu().double()  # so that adding up costs nothing
-        if cp is not None:
-            dist.all_reduce(total, group=cp.get_group())
-        answer[f"d {name}"] = total.to(grad.dtype)
-    return answer if rank == 0 else None
+        shards = [y.to(device, dtype) for y in (subject.x, subject.dout)]
+        self._shape = shards[0].shape
+        shards.append(torch.arange(BATCH * TOKENS, device=device).view(BATCH, TOKENS))
+        cu = subject.cu_doc_lens() if problem == "documents" else None
+        if cu is None and style == "llama3":  # which shards by document alone
+            cu = torch.arange(BATCH + 1, dtype=torch.int32, device=device) * TOKENS
+        self.keywords = {}
+        if cu is not None:
+            shards = [y.flatten(0, 1)[None] for y in shards]
+            self.keywords = {"cu_doc_lens": cu}
+        if self._cp is not None:
+            shard = {"inputs": shards, "seq_dims": [1, 1, 1], "pad_values": [0.0, 0.0, -1]}
+            balancer = kind.build(self._cp)
+            if cu is None:
+                shards = balancer.batch_shard(**shard)
+            else:
+                shards, self.keywords = balancer.batch_shard_by_document(**shard, cu_doc_lens=cu)
+        self.x, self.dout, self._held = shards
 
+    def answer(self, call: Callable[..., Tensor] | None = None) -> Answer:
+        """Of this rank: for its rows, and its part of the parameters' gradients.
 
-def _put_together(rows: Tensor, held: Tensor, like: Tensor, cp: DeviceMesh | None) -> Tensor:
-    """The rows of all ranks that share a sequence where they belong, on the CPU."""
-    whole = torch.zeros(BATCH * TOKENS, like.shape[-1], dtype=torch.float64)
-    real = held.flatten().cpu() >= 0
-    whole[held.flatten().cpu()[real]] = rows.flatten(0, 1).cpu().double()[real]
-    if cp is not None:
-        dist.all_reduce(whole, group=cp.get_group())
-    return whole.to(like.dtype).view(like.shape)
+        :param call: In place of the layer, which it calls.
+        """
+        x = self.x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = (self.layer if call is None else call)(x, **self.keywords)
+            params = dict(self.layer.named_parameters())
+            grads = torch.autograd.grad(out, [x, *params.values()], self.dout)
+        names = ["dx", *(f"d {name}" for name in params)]
+        return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
+
+    def put_together(self, mine: Answer) -> Answer:
+        """The whole layer's answer, on the CPU, the same on every rank."""
+        return {
+            name: self._all_rows(y) if name in ("out", "dx") else self._total(y)
+            for name, y in mine.items()
+        }
+
+    def _all_rows(self, rows: Tensor) -> Tensor:
+        whole = torch.zeros(BATCH * TOKENS, self._shape[-1], dtype=torch.float64)
+        held = self._held.flatten().cpu()
+        real = held >= 0
+        whole[held[real]] = rows.flatten(0, 1).cpu().double()[real]
+        return self._sum(whole).to(rows.dtype).view(self._shape)
+
+    def _total(self, grad: Tensor) -> Tensor:
+        whole = get_full_tensor(grad)
+        return self._sum(whole.cpu().double()).to(whole.dtype)  # so that adding up costs nothing
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Over the ranks that share a sequence."""
+        for dim in range(0 if self._cp is None else self._cp.ndim):
+            assert self._cp is not None
+            dist.all_reduce(x, group=self._cp.get_group(dim))
+        return x

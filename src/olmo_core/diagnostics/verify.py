@@ -9,7 +9,7 @@ installed or not. What the table refuses is a skipped cell with every reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from time import perf_counter
@@ -23,13 +23,13 @@ from olmo_core.diagnostics.machine import probe_head_dim
 from olmo_core.diagnostics.measures import Comparison, worst
 from olmo_core.diagnostics.mixers import MIXERS
 from olmo_core.diagnostics.properties import PROPERTIES
-from olmo_core.diagnostics.sharded import TP_CP
+from olmo_core.diagnostics.sharded import HYBRID, TP_CP
 from olmo_core.diagnostics.subject import RANKS, Subject
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment, Request, refusals
 from olmo_core.nn.attention.kernels.softmax import Feature
 
-__all__ = ["KERNEL", "QUICK_MIXERS", "Cell", "Outcome", "cells", "mixer_names", "run"]
+__all__ = ["KERNEL", "QUICK_MIXERS", "Cell", "Outcome", "cells", "mixer_names", "run", "why_not"]
 
 KERNEL = "kernel"
 """The mixer name of the rows without a layer: one for each feature of the table."""
@@ -156,7 +156,7 @@ def cells(
                 continue  # the gated delta net has one form, and it is torch's
             rows: Iterable[Any] = Feature if name == KERNEL else PROPERTIES
             if ranks < 4 or ranks % 2:
-                rows = [row for row in rows if row != TP_CP]
+                rows = [row for row in rows if row not in (HYBRID, TP_CP)]
             dtypes = [d for d in CAPABILITIES[backend].dtypes if not quick or d in QUICK_DTYPES]
             out += [Cell(name, backend, dtype, str(row)) for row in rows for dtype in dtypes]
     return out
@@ -171,18 +171,10 @@ def run(todo: Iterable[Cell], device: torch.device, ranks: int = RANKS) -> Itera
     head_dim = probe_head_dim(device)
     subject = cache(lambda name: Subject(MIXERS[name], head_dim, device, ranks))
     for cell in todo:
-        request = Request(cell.dtype, head_dim, cell.features)
-        reasons = refusals(CAPABILITIES[cell.backend], environment, request)
-        if cell.dtype == torch.float64 and device.type == "mps":
-            reasons.append("mps has no float64")
-        prop = None if cell.mixer == KERNEL else PROPERTIES[cell.prop]
-        if prop is not None and prop.is_sharded and not reasons:
-            layer = subject(cell.mixer).layer("torch", torch.float32)
-            if reason := prop.unsuited(layer, ranks):
-                reasons.append(reason)
-        if reasons:
+        if reasons := why_not(cell, subject, environment, head_dim, ranks):
             yield Outcome(cell, "skipped", reasons=tuple(reasons))
             continue
+        prop = None if cell.mixer == KERNEL else PROPERTIES[cell.prop]
         start = perf_counter()
         try:
             if prop is None:
@@ -197,6 +189,29 @@ def run(todo: Iterable[Cell], device: torch.device, ranks: int = RANKS) -> Itera
             yield Outcome(cell, "failed", reasons=(reason,), seconds=perf_counter() - start)
             continue
         yield _judged(cell, comparisons, perf_counter() - start)
+
+
+def why_not(
+    cell: Cell,
+    subject: Callable[[str], Subject],
+    environment: Environment,
+    head_dim: int,
+    ranks: int,
+) -> list[str]:
+    """Every reason why a cell can't be checked here; none if it can.
+
+    :param subject: A mixer's, by its name.
+    :param ranks: How many share a sharded cell.
+    """
+    request = Request(cell.dtype, head_dim, cell.features)
+    reasons = refusals(CAPABILITIES[cell.backend], environment, request)
+    if cell.dtype == torch.float64 and environment.device == "mps":
+        reasons.append("mps has no float64")
+    if cell.is_sharded and not reasons:
+        layer = subject(cell.mixer).layer("torch", torch.float32)
+        if reason := PROPERTIES[cell.prop].unsuited(layer, ranks):
+            reasons.append(reason)
+    return reasons
 
 
 def _judged(cell: Cell, comparisons: list[Comparison], seconds: float) -> Outcome:

@@ -1,0 +1,100 @@
+"""Checks that all ranks make together, a line each: passed, failed or skipped, and why.
+
+A rank that fails alone may leave the others in the middle of an exchange. They give up after the
+job's patience, all learn of the failure over a group of its own, and nothing more is checked where
+an exchange was lost. A rank that doesn't come out at all prints where it is and ends, and torchrun
+ends the others.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from benchmarks.sharded.job import Job
+from olmo_core.train.parallel.many import lost_another
+
+__all__ = ["Check", "Skipped", "failed_anywhere", "run_checks"]
+
+
+class Skipped(Exception):
+    """A check that can't be made here; the message says why."""
+
+
+class Check(NamedTuple):
+    """Something that must hold: a name, and what all ranks call."""
+
+    name: str
+    make: Callable[[], str]
+    """Returns what was seen, for a person; raises if it doesn't hold."""
+
+
+class _Word(NamedTuple):
+    """What a rank says of a check."""
+
+    status: str
+    text: str
+    lost: bool = False
+    """Whether messages may no longer come through."""
+
+
+def run_checks(job: Job, checks: Iterable[Check], *, limit: float = 900.0) -> bool:
+    """Whether none failed on any rank; the same answer on all.
+
+    :param limit: Seconds that one check may take.
+    """
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    job.say(f"checks: {job.describe()}")
+    for check in checks:
+        begun = time.perf_counter()
+        faulthandler.dump_traceback_later(limit, exit=True)
+        mine = _made(check)
+        words: list[_Word] = job.tell(mine)
+        faulthandler.cancel_dump_traceback_later()
+        status, text = _verdict(words)
+        counts[status] += 1
+        seconds = time.perf_counter() - begun
+        job.say(f"  {status:8}{check.name:42}{seconds:6.1f} s  {text}".rstrip())
+        job.found("checks", name=check.name, status=status, text=text, seconds=round(seconds, 2))
+        if any(word.lost for word in words):
+            job.say("  An exchange between ranks was lost: what follows is not checked.")
+            break
+    job.say(", ".join(f"{n} {status}" for status, n in counts.items()))
+    return counts["failed"] == 0 and counts["passed"] > 0
+
+
+def _made(check: Check) -> _Word:
+    try:
+        return _Word("passed", check.make())
+    except Skipped as reason:
+        return _Word("skipped", str(reason))
+    except Exception as error:
+        traceback.print_exc(limit=-4)
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        return _Word("failed", f"{type(error).__name__}: {lines[0][:300]}", lost_another(error))
+
+
+def _verdict(words: list[_Word]) -> tuple[str, str]:
+    failed = [(rank, word) for rank, word in enumerate(words) if word.status == "failed"]
+    if failed:
+        # Who lost another tells less than who was lost.
+        rank, first = min(failed, key=lambda each: each[1].lost)
+        others = f" (and on {len(failed) - 1} other ranks)" if len(failed) > 1 else ""
+        return "failed", f"rank {rank}: {first.text}{others}"
+    if len({word.status for word in words}) > 1:
+        return "failed", "some ranks skipped what others checked"
+    return words[0].status, words[0].text
+
+
+def failed_anywhere(job: Job, problems: list[str]) -> None:
+    """Raise on all ranks what any of them has found.
+
+    :raises AssertionError: With the problems of the first rank that has some.
+    """
+    for rank, theirs in enumerate(job.tell(problems)):
+        if theirs:
+            more = f"; and {len(theirs) - 3} more" if len(theirs) > 3 else ""
+            raise AssertionError(f"rank {rank}: {'; '.join(theirs[:3])}{more}")
