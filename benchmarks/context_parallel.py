@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 -m benchmarks.context_parallel [checks] [times] [trace] [train]
 
 Any number of ranks; over NCCL where each has a GPU, over gloo elsewhere. Without torchrun it starts
-a rank for each GPU, or two on CPUs.
+a rank for each GPU.
 
 *checks*: every layer of ``verify`` on every style of sharding, with and without documents and
 windows, against the dense float64 reference, eager, checkpointed and compiled; the same bits when
@@ -16,9 +16,8 @@ is one device's time for all N T tokens (from as many parts as there are ranks w
 them: marked ``*``), tN the slowest rank's for its T tokens. Under four masks: one document,
 documents of 12-24K tokens, log-normal ones (median 1500, sigma 1.2), a window of 4096. *silent* is
 the same with messages that are answered at once, so what it is above is exposed communication.
-``torch`` is torch's own experimental context_parallel, which takes one document. Then the time to
-plan a batch and to agree on it, which is a step's whatever its layers, and the gated delta net by
-exchange of states against Ulysses.
+Then the time to plan a batch and to agree on it, which is a step's whatever its layers, the gated
+delta net by exchange of states against Ulysses, and torch's own experimental context_parallel.
 
 *trace*: a profile of one forward, ``$OUT/trace.json`` for chrome://tracing or Perfetto, and the
 share of each group's message that is beneath the kernel of the group before it.
@@ -41,7 +40,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from olmo_core.diagnostics.verify import mixer_names
-from olmo_core.distributed.launched import number_started
 
 if TYPE_CHECKING:
     from benchmarks.sharded.job import Job
@@ -66,9 +64,14 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def started_by_itself(arguments: Sequence[str]) -> None:
-    """Become torchrun, with a rank for each GPU."""
-    ranks = torch.cuda.device_count() if torch.cuda.is_available() else 2
+def become_torchrun(arguments: Sequence[str]) -> None:
+    """With a rank for each GPU of this machine."""
+    ranks = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if ranks < 2:
+        sys.exit(
+            "needs two GPUs or more. To try it on CPUs: "
+            "torchrun --nproc-per-node 2 -m benchmarks.context_parallel --tiny"
+        )
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node", str(ranks), "-m", "benchmarks.context_parallel", *arguments,
@@ -79,8 +82,8 @@ def started_by_itself(arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     options = parsed(arguments)
-    if number_started() == 1 and "RANK" not in os.environ:
-        started_by_itself(arguments)
+    if "RANK" not in os.environ:
+        become_torchrun(arguments)
     # cuBLAS is deterministic only if it is told before its first call.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -111,10 +114,12 @@ def checked(job: Job, options: argparse.Namespace) -> bool:
     from benchmarks.sharded.checks import Check, run_checks
 
     def every() -> Iterator[Check]:
-        yield from answers.checks(job, options.mixer)
+        quick, slow = answers.checks(job, options.mixer)
+        yield from quick
         yield from refusals.checks(job)
         yield from costs.checks(job)
         yield from composed.checks(job, launches=not options.no_launches)
+        yield from slow
 
     return run_checks(job, [check for check in every() if options.only in check.name])
 

@@ -19,8 +19,8 @@ for part in "${@:-tests verify layer gated_delta_net gated_delta_rule kernels de
       verify) $within python3 -m olmo_core verify --device cuda --jobs 8 --json "$out/verify_h100.json" ;;
       bench) $within python3 -m olmo_core bench --device cuda --json "$out/bench.json" --plot "$out/bench.png" ;;
       sharding)
-        $within python3 -m benchmarks.context_parallel delta
-        $within python3 -m benchmarks.context_parallel | tee "$out/context_parallel.txt" ;;
+        $within python3 -m benchmarks.virtual_ranks delta
+        $within python3 -m benchmarks.virtual_ranks | tee "$out/virtual_ranks.txt" ;;
       *) $within python3 -m "benchmarks.${name}_gpu" ;;
     esac
   done

@@ -15,7 +15,7 @@ T 8192, 16 heads of 128/256 on a GPU; T 2048, 4 key and 8 value heads of 64/128 
 rank finds its map of the state before its outputs, and its initial state's gradient before the
 others; *two calls* is that by calling the rule twice, as a form without passes for it does.
 
-    python -m benchmarks.context_parallel [delta]
+    python -m benchmarks.virtual_ranks [delta]
 
 takes some minutes on a CPU, and seconds for delta alone.
 """
@@ -23,13 +23,12 @@ takes some minutes on a CPU, and seconds for delta alone.
 from __future__ import annotations
 
 import json
-import math
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
@@ -39,6 +38,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.sharded.clock import answered_at_once
+from benchmarks.sharded.problems import log_normal, padded
 from olmo_core.distributed import collectives
 from olmo_core.distributed.collectives import Pending
 from olmo_core.nn.attention.attend import attend
@@ -69,54 +70,26 @@ DELTA = (8192, 16, 16, 128, 256) if CUDA else (2048, 4, 8, 64, 128)
 DELTA_RUNS = 31 if CUDA else 11
 
 
-def log_normal(total: int, rows: int, longest: float) -> list[int]:
-    rng, cu = random.Random(0), [0]
-    while cu[-1] < total:
-        length = int(rng.lognormvariate(math.log(1500), 1.2) * rows / 16384) + 1
-        cu.append(int(min(total, cu[-1] + min(length, longest))))
-    return cu
-
-
 def masks(total: int, rows: int) -> Iterator[tuple[str, list[int], int]]:
     yield "one document", [0, total], -1
-    yield "log-normal", log_normal(total, rows, math.inf), -1
-    yield "log-normal, short", log_normal(total, rows, rows / 2), -1
+    median = 1500 * rows / 16384
+    yield "log-normal", log_normal(total, median), -1
+    yield "log-normal, short", log_normal(total, median, rows / 2), -1
     yield "window", [0, total], rows // 4
-
-
-def padded(cu: list[int], multiple: int, rows: int, n: int) -> list[int]:
-    """Documents as zig-zag needs them, of as many tokens in all."""
-    lengths = [(b - a) // multiple * multiple for a, b in pairwise(cu)]
-    lengths = [length for length in lengths if length]
-    lengths.append(n * rows - sum(lengths))
-    return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
 
 
 @contextmanager
 def virtual_rank(rank: int, n: int) -> Iterator[None]:
     """Ops run as on ``rank`` of ``n``; messages are answered at once, with anything."""
-    answers: dict[Any, Tensor] = {}
-
-    def exchange(x: Tensor, send: Any, receive: Any, group: str) -> Pending:
-        shape = (sum(receive), *x.shape[1:])
-        if (shape, x.dtype) not in answers:
-            answers[shape, x.dtype] = torch.randn(shape, device=x.device).to(x.dtype)
-        return Pending(answers[shape, x.dtype])
 
     def place_in(group: str) -> tuple[int, int]:
         return rank, n
 
     modules: list[Any] = [collectives, gather, ring, ulysses]
-    real = collectives.exchange, collectives.place_in
-    collectives.exchange = exchange
-    for module in modules:
-        module.place_in = place_in
-    try:
-        yield
-    finally:
-        collectives.exchange = real[0]
+    with answered_at_once(), ExitStack() as stack:
         for module in modules:
-            module.place_in = real[1]
+            stack.enter_context(mock.patch.object(module, "place_in", place_in))
+        yield
 
 
 def elapsed(call: Callable[[], T]) -> tuple[float, T]:
@@ -276,7 +249,7 @@ def main() -> None:
     sizes = sorted(product(RANKS, ROWS), key=lambda size: size[0] * size[1])
     for n, rows in sizes:  # the long ones last, where they cost minutes
         for name, ends, window in masks(n * rows, rows):
-            cu = padded(ends, 2 * n, rows, n)
+            cu = padded(ends, 2 * n, n * rows)
             alone = unsharded(cu, window)
             line = f"{n} ranks x {rows:5}, {name:17}"
             for style in STYLES:

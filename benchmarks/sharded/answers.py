@@ -65,20 +65,29 @@ MODES: dict[str, Callable[[nn.Module], Call]] = {
 }
 
 
-def checks(job: Job, mixers: Sequence[str] = ()) -> Iterator[Check]:
-    """By backend, mode and style.
+def checks(
+    job: Job, mixers: Sequence[str] = (), *, compiled: Sequence[str] = COMPILED
+) -> tuple[list[Check], list[Check]]:
+    """Those of each backend and style, and those that compile, which takes minutes.
 
     :param mixers: Only these of ``verify``'s layers; all of them if empty.
+    :param compiled: Only these of them are compiled.
     """
     environment, head_dim = Environment.detect(job.device), probe_head_dim(job.device)
     subject = cache(lambda name: Subject(MIXERS[name], head_dim, job.device, job.n))
-    every = _Every(job, tuple(mixers) or tuple(MIXERS), environment, subject)
+    every = _Every(job, tuple(mixers) or tuple(MIXERS), tuple(compiled), environment, subject)
+    quick: list[Check] = []
+    slow: list[Check] = []
     for backend in backends_here(job):
         for style in STYLES:
             for mode in MODES:
-                yield Check(f"{backend} {style} {mode}", partial(every.right, backend, style, mode))
-            name = f"{backend} {style} the same bits again"
-            yield Check(name, partial(every.same_bits, backend, style))
+                check = Check(
+                    f"{backend} {style} {mode}", partial(every.right, backend, style, mode)
+                )
+                (quick if mode in ("eager", "checkpointed") else slow).append(check)
+            name = f"{backend} {style} same bits again"
+            quick.append(Check(name, partial(every.same_bits, backend, style)))
+    return quick, slow
 
 
 def backends_here(job: Job) -> list[str]:
@@ -97,10 +106,11 @@ class _Every:
         self,
         job: Job,
         mixers: tuple[str, ...],
+        compiled: tuple[str, ...],
         environment: Environment,
         subject: Callable[[str], Subject],
     ) -> None:
-        self.job, self.mixers = job, mixers
+        self.job, self.mixers, self.compiled = job, mixers, compiled
         self.environment, self.subject = environment, subject
 
     def _suited(self, backend: str, style: str, mixers: Sequence[str]) -> list[str]:
@@ -114,9 +124,10 @@ class _Every:
                 reasons[mixer] = why_not(
                     cell, self.subject, self.environment, subject.head_dim, self.job.n
                 )
-        suited = [mixer for mixer, why in reasons.items() if not why]
+        suited = [mixer for mixer, each in reasons.items() if not each]
         if not suited:
-            raise Skipped("; ".join(dict.fromkeys(sum(reasons.values(), []))) or "no such layer")
+            why = dict.fromkeys(reason for each in reasons.values() for reason in each)
+            raise Skipped("; ".join(why) or "none of these layers")
         return suited
 
     def right(self, backend: str, style: str, mode: str) -> str:
@@ -124,7 +135,7 @@ class _Every:
         if mode == "reduce-overhead" and not self.job.on_gpus:
             raise Skipped("CUDA graphs need GPUs")
         compiled = mode not in ("eager", "checkpointed")
-        mixers = [m for m in self.mixers if not compiled or m in COMPILED]
+        mixers = [m for m in self.mixers if not compiled or m in self.compiled]
         seen: list[Comparison] = []
         graphs = 0
         for mixer in self._suited(backend, style, mixers):
@@ -194,7 +205,9 @@ def _replayed(part: RankPart, call: Call) -> tuple[Answer, int]:
 def expect_same_messages(eager: Traffic, replayed: Traffic) -> None:
     """:raises AssertionError: If a compiled step sends other messages than an eager one."""
     if eager != replayed:
-        raise AssertionError(f"eager mode sends {eager}, compiled graphs leave {replayed} to Python")
+        raise AssertionError(
+            f"eager mode sends {eager}, compiled graphs leave {replayed} to Python"
+        )
 
 
 def _local(x: Tensor) -> Tensor:

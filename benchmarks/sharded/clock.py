@@ -30,18 +30,14 @@ class Times(NamedTuple):
     """Forward and backward."""
 
 
-def slowest(
-    job: Job, forward: Callable[[], Tensor], backward: Callable[[Tensor], Any]
-) -> Times:
+def slowest(job: Job, forward: Callable[[], Tensor], backward: Callable[[Tensor], Any]) -> Times:
     """Of all ranks, which call this together and begin each sample together."""
     forwards, both = _samples(job, forward, backward)
     return Times(statistics.median(job.largest(forwards)), statistics.median(job.largest(both)))
 
 
-def fastest(
-    job: Job, forward: Callable[[], Tensor], backward: Callable[[Tensor], Any]
-) -> Times:
-    """Of all ranks, each of which does the whole by itself: the baseline that is hardest to meet."""
+def fastest(job: Job, forward: Callable[[], Tensor], backward: Callable[[Tensor], Any]) -> Times:
+    """Of all ranks, each of which does the whole alone: the baseline that is hardest to meet."""
     medians = [statistics.median(each) for each in _samples(job, forward, backward)]
     return Times(*(-ms for ms in job.largest([-ms for ms in medians])))
 
@@ -56,8 +52,7 @@ def _samples(
     (ms,) = job.largest([sum(first)])
     n = int(min(most, max(least, 1e3 * job.sizes.seconds / max(ms, 1e-3))))
     samples = [first, *(_sample(job, forward, backward) for _ in range(n - 1))]
-    forwards, backwards = map(list, zip(*samples, strict=True))
-    return forwards, [f + b for f, b in samples]
+    return [f for f, _ in samples], [f + b for f, b in samples]
 
 
 def _sample(

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def _prefetch(model: Transformer) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     groups = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
-    for before, after in zip(groups, groups[1:], strict=False):
+    for before, after in pairwise(groups):
         before.set_modules_to_forward_prefetch([after])
         after.set_modules_to_backward_prefetch([before])
 

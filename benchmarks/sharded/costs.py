@@ -64,7 +64,7 @@ def _memory(job: Job, style: str, stride: int) -> str:
         raise Skipped("torch counts the memory of GPUs alone")
     if job.n < 2:
         raise Skipped("for several ranks")
-    found = {}
+    found, alone = {}, Segments.dense(TOKENS, TOKENS)
     for kv_heads in (FEW, MANY):
         each = stride * kv_heads // FEW
         q, k, v = (
@@ -72,7 +72,6 @@ def _memory(job: Job, style: str, stride: int) -> str:
             for n in (HEADS, kv_heads, kv_heads)
         )
         context = context_of(job, style, each)
-        alone = Segments.dense(TOKENS, TOKENS)
 
         def sharded(q: Tensor = q, k: Tensor = k, v: Tensor = v, context: Any = context) -> Tensor:
             return attend_sharded(q, k, v, context, scale=DIM**-0.5, kernel="torch")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ __all__ = ["delta"]
 def delta(job: Job) -> None:
     width, heads, key_dim, value_dim = job.sizes.delta
     job.say(
-        f"\ngated delta net, {heads} heads of {key_dim}/{value_dim}, d_model {width}, one document: "
-        "ms and share of the ideal"
+        f"\ngated delta net, {heads} heads of {key_dim}/{value_dim}, width {width}, one document; "
+        "ms, share of the ideal"
     )
     job.say(f"{'tokens a rank, way':39}{'forward':>16}{'both':>24}")
     for tokens in job.sizes.delta_tokens:
@@ -51,13 +50,14 @@ def _layer(job: Job, tokens: int, style: str | None) -> Any:
     """Forward and backward of a layer on this rank's tokens, or on one device alone."""
     width, heads, key_dim, value_dim = job.sizes.delta
     config = GatedDeltaNetConfig(
-        n_heads=heads, head_dim=key_dim, expand_v=value_dim / key_dim, dtype=DType.from_pt(job.dtype)
+        n_heads=heads,
+        head_dim=key_dim,
+        expand_v=value_dim / key_dim,
+        dtype=DType.from_pt(job.dtype),
     )
     torch.manual_seed(0)
     layer = config.build(width, layer_idx=0, n_layers=1, init_device=str(job.device))
-    x, dout = (
-        torch.randn(1, tokens, width, device=job.device, dtype=job.dtype) for _ in range(2)
-    )
+    x, dout = (torch.randn(1, tokens, width, device=job.device, dtype=job.dtype) for _ in range(2))
     keywords: dict[str, Any] = {}
     if style is not None:
         from torch.distributed.device_mesh import init_device_mesh

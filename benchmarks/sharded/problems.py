@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,11 @@ from olmo_core.nn.attention.parallel.styles import (
 )
 from olmo_core.nn.attention.segments import Segments
 
-__all__ = ["Attention", "Mask", "log_normal", "masks", "padded", "ways"]
+__all__ = ["Attention", "BothWays", "Mask", "context_of", "log_normal", "masks", "padded", "ways"]
+
+
+BothWays = tuple[Callable[[], Tensor], Callable[[Tensor], Any]]
+"""A forward pass, and its backward pass from an output."""
 
 
 class Mask(NamedTuple):
@@ -36,6 +40,15 @@ class Mask(NamedTuple):
     """Cumulative lengths; every layout takes them without padding."""
     window: int
     """-1 for none."""
+
+    @property
+    def pairs(self) -> int:
+        """Of a query and a key that it sees."""
+        total = 0
+        for length in (b - a for a, b in pairwise(self.ends)):
+            seen = min(length, self.window) if self.window > 0 else length
+            total += seen * (seen + 1) // 2 + (length - seen) * seen
+        return total
 
 
 class Way(NamedTuple):
@@ -116,7 +129,11 @@ class Attention:
                 shape, generator=generator, device=self.job.device, dtype=self.job.dtype
             )
 
-        qkv = [randn(queries, sizes.heads), randn(keys, sizes.kv_heads), randn(keys, sizes.kv_heads)]
+        qkv = [
+            randn(queries, sizes.heads),
+            randn(keys, sizes.kv_heads),
+            randn(keys, sizes.kv_heads),
+        ]
         return [x.requires_grad_() for x in qkv], randn(queries, sizes.heads)
 
     @cached_property
@@ -146,7 +163,7 @@ class Attention:
         qkv, dout = self.shard
         torch.autograd.grad(out, qkv, dout)
 
-    def whole(self) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
+    def whole(self) -> BothWays:
         """Forward and backward over all ranks' tokens on this device."""
         total = self.mask.ends[-1]
         segments = Segments.documents(
@@ -154,23 +171,23 @@ class Attention:
         )
         return self._alone(segments, total, total)
 
-    def parts(self) -> Iterator[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
-        """The same in as many parts as there are ranks, one after the other: all that each part's
-        queries see, by the same kernel. For what one device can't hold at once."""
+    def part(self, i: int) -> BothWays:
+        """One of as many parts of the same as there are ranks: queries of a rank's number, and all
+        that they see. For what one device can't hold at once."""
         reading = Reading(self.mask.ends, self.job.device)
-        for i in range(self.job.n):
-            plan = gather_plan(reading, "contiguous", self.job.n, i, self.mask.window, 1)
-            yield self._alone(plan.segments, self.tokens, plan.exchange.wanted)
+        plan = gather_plan(reading, "contiguous", self.job.n, i, self.mask.window, 1)
+        return self._alone(plan.segments, self.tokens, plan.exchange.wanted)
 
-    def _alone(
-        self, segments: Segments, queries: int, keys: int
-    ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
-        qkv, dout = self.draw(queries, keys)
+    def _alone(self, segments: Segments, queries: int, keys: int) -> BothWays:
+        (q, k, v), dout = self.draw(queries, keys)
 
         def forward() -> Tensor:
-            return attend(*qkv, segments, scale=self.scale, kernel=self.kernel)
+            return attend(q, k, v, segments, scale=self.scale, kernel=self.kernel)
 
-        return forward, lambda out: torch.autograd.grad(out, qkv, dout) and None
+        def backward(out: Tensor) -> None:
+            torch.autograd.grad(out, (q, k, v), dout)
+
+        return forward, backward
 
 
 _CONTEXTS: dict[tuple[str, int], ContextParallel] = {}

@@ -52,15 +52,12 @@ def _measured(job: Job, problem: Attention) -> Times:
         with experimental.context_parallel(
             mesh, buffers=[q, k, v, dout], buffer_seq_dims=[2, 2, 2, 2]
         ):
-            qkv = [x.requires_grad_() for x in (q, k, v)]
+            q_, k_, v_ = (x.clone().requires_grad_() for x in (q, k, v))
 
             def forward() -> Tensor:
-                return F.scaled_dot_product_attention(*qkv, is_causal=True)
+                return F.scaled_dot_product_attention(q_, k_, v_, is_causal=True)
 
             def backward(out: Tensor) -> None:
-                torch.autograd.grad(out, qkv, dout)
+                torch.autograd.grad(out, (q_, k_, v_), dout)
 
-            times = slowest(job, forward, backward)
-            for x in qkv:
-                x.requires_grad_(False)
-            return times
+            return slowest(job, forward, backward)

@@ -9,13 +9,21 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from benchmarks.sharded import rivals
 from benchmarks.sharded.clock import Times, answered_at_once, fastest, slowest
+from benchmarks.sharded.delta import delta
 from benchmarks.sharded.job import Job
-from benchmarks.sharded.problems import Attention, Mask, context_of, log_normal, masks, padded, ways
+from benchmarks.sharded.problems import (
+    Attention,
+    BothWays,
+    Mask,
+    context_of,
+    log_normal,
+    masks,
+    padded,
+    ways,
+)
+from benchmarks.sharded.rivals import Unavailable, context_parallel
 from olmo_core.diagnostics.machine import probe_head_dim
 from olmo_core.memory import ran_out_of_memory
 from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment, Request, refusals
@@ -32,22 +40,33 @@ def measure(job: Job) -> None:
         job.say("Ranks share a GPU here: they take turns, and none of these times means anything.")
     sizes = job.sizes
     job.say(
-        f"{sizes.heads}:{sizes.kv_heads} heads of {sizes.head_dim}, {job.dtype}; the share of the "
-        "ideal, t1 / (N tN), as %"
+        f"{sizes.heads}:{sizes.kv_heads} heads of {sizes.head_dim}, {job.dtype}; "
+        "share of the ideal: t1 / (N tN); TF: TFLOP/s a rank"
     )
-    job.say(f"{'':39}{'forward':>24}{'forward + backward':>24}")
-    job.say(f"{'kernel, tokens a rank, way':39}{'ms      %  silent':>24}{'ms      %  silent':>24}")
+    columns = f"{'ms':>9}{'share':>7}{'silent':>8}{'TF':>6}"
+    job.say(f"{'':39}{'forward':>30}{'forward + backward':>30}")
+    job.say(f"{'kernel, tokens a rank, mask':39}{columns}{columns}")
+    rivals: list[tuple[_Table, Attention]] = []
     for tokens in sizes.tokens:
         for mask in masks(job, tokens):
             for kernel in sizes.kernels:
                 if why := _missing(job, kernel):
                     job.say(f"{kernel}: {why}")
                     continue
-                _attention(job, Attention(job, mask, kernel, tokens))
+                problem = Attention(job, mask, kernel, tokens)
+                table = _attention(job, problem)
+                if table and mask.window < 0 and len(mask.ends) == 2 and kernel == "torch":
+                    rivals.append((table, problem))
     _plans(job)
-    from benchmarks.sharded.delta import delta
-
     delta(job)
+    job.say("\ntorch's experimental context_parallel, one document")
+    for table, problem in rivals:  # last: if one rank alone fails there, nothing else is lost
+        name, shown = "torch's own", f"{problem.tokens} tokens a rank"
+        try:
+            table.row(name, context_parallel(job, problem), None, shown)
+        except Unavailable as reason:
+            job.say(f"  {shown}: {str(reason)[:70]}")
+            job.found("attention", **table.facts, way=name, unavailable=str(reason))
 
 
 def _missing(job: Job, kernel: str) -> str:
@@ -55,90 +74,84 @@ def _missing(job: Job, kernel: str) -> str:
     return "; ".join(refusals(CAPABILITIES[kernel], Environment.detect(job.device), request))
 
 
-def _attention(job: Job, problem: Attention) -> None:
+class _Table:
+    """Lines about one problem, whose shares are of one device's time."""
+
+    def __init__(self, job: Job, problem: Attention, alone: Times) -> None:
+        self.job, self.alone = job, alone
+        mask, sizes = problem.mask, job.sizes
+        self.facts = {
+            "kernel": problem.kernel, "tokens": problem.tokens, "mask": mask.name, "ranks": job.n,
+        }  # fmt: skip
+        flops = 4 * mask.pairs * sizes.heads * sizes.head_dim
+        self.flops = Times(flops, 3.5 * flops)  # backward: five products for forward's two
+
+    def head(self, title: str, from_parts: bool) -> None:
+        line = f"{title + (', one device*' if from_parts else ', one device'):39}"
+        for ms, flops in zip(self.alone, self.flops, strict=True):
+            line += f"{ms:9.2f}{'':15}{flops / ms / 1e9:6.0f}"
+        self.job.say(line)
+        self._found("one device", self.alone, parts=from_parts)
+
+    def row(self, way: str, times: Times, silent: Times | None, shown: str = "") -> None:
+        """:param silent: With messages that were answered at once."""
+        n, line = self.job.n, f"  {shown or way:37}"
+        for i, ms in enumerate(times):
+            line += f"{ms:9.2f}{self.alone[i] / (n * ms):7.1%}"
+            line += f"{self.alone[i] / (n * silent[i]):8.1%}" if silent else f"{'':8}"
+            line += f"{self.flops[i] / (n * ms) / 1e9:6.0f}"
+        self.job.say(line)
+        shares = [round(a / (n * b), 4) for a, b in zip(self.alone, times, strict=True)]
+        quiet = silent and silent._asdict()
+        self._found(way, times, share=Times(*shares)._asdict(), silent_ms=quiet)
+
+    def _found(self, way: str, times: Times, **more: Any) -> None:
+        self.job.found("attention", **self.facts, way=way, ms=times._asdict(), **more)
+
+
+def _attention(job: Job, problem: Attention) -> _Table | None:
     """Every way of sharding one problem, with its messages and without."""
-    mask, tokens = problem.mask, problem.tokens
-    title = f"{problem.kernel} {tokens} {mask.name}"
+    title = f"{problem.kernel} {problem.tokens} {problem.mask.name}"
     alone, from_parts = _alone(job, problem)
     if alone is None:
-        job.say(f"{title}: one device can't do it, not even in parts")
-        return
-    facts = {"kernel": problem.kernel, "tokens": tokens, "mask": mask.name, "ranks": job.n}
-    mark = "*" if from_parts else ""
-    job.say(f"{title + ', one device' + mark:39}{alone.forward:9.2f}{'':15}{alone.both:9.2f}")
-    job.found("attention", **facts, way="one device", parts=from_parts, ms=alone._asdict())
-    for way in ways(job, mask):
+        job.say(f"{title}: one device can't hold it, not even in parts")
+        return None
+    table = _Table(job, problem, alone)
+    table.head(title, from_parts)
+    for way in ways(job, problem.mask):
         forward = problem.sharded(way.style, way.head_stride)
-        whole = _tried(job, way.name, partial(slowest, job, forward, problem.backward))
-        silent = None
-        if whole is not None:
-            with answered_at_once():
-                silent = _tried(job, way.name, partial(slowest, job, forward, problem.backward))
-        _row(job, facts, way.name, alone, whole, silent)
-    if mask.window < 0 and len(mask.ends) == 2:
-        rival = _tried(job, "torch", partial(rivals.context_parallel, job, problem))
-        _row(job, facts, "torch's context_parallel", alone, rival, None)
+        times = slowest(job, forward, problem.backward)
+        with answered_at_once():
+            silent = slowest(job, forward, problem.backward)
+        table.row(way.name, times, silent)
+    return table
 
 
 def _alone(job: Job, problem: Attention) -> tuple[Times | None, bool]:
     """One device's time for all tokens, and whether it is a sum over parts."""
-    whole = _tried(job, "", lambda: fastest(job, *problem.whole()), quiet=True)
-    if whole is not None:
-        return whole, False
-
-    def in_parts() -> Times:
-        each = [fastest(job, *part) for part in problem.parts()]
-        return Times(sum(t.forward for t in each), sum(t.both for t in each))
-
-    return _tried(job, "one device, in parts", in_parts), True
-
-
-def _row(
-    job: Job,
-    facts: dict[str, Any],
-    way: str,
-    alone: Times,
-    whole: Times | None,
-    silent: Times | None,
-) -> None:
-    if whole is None:
-        job.found("attention", **facts, way=way, ms=None)
-        return
-    line = f"  {way:37}"
-    shares: dict[str, Any] = {}
-    for name in Times._fields:
-        share = getattr(alone, name) / (job.n * getattr(whole, name))
-        line += f"{getattr(whole, name):9.2f}{share:7.1%}"
-        shares[name] = round(share, 4)
-        without = getattr(alone, name) / (job.n * getattr(silent, name)) if silent else None
-        line += f"{without:8.1%}" if without else f"{'':8}"
-        shares[f"{name}, silent"] = without and round(without, 4)
-    job.say(line)
-    ms, quiet = whole._asdict(), silent and silent._asdict()
-    job.found("attention", **facts, way=way, ms=ms, silent_ms=quiet, share=shares)
+    if _fits(job, problem.whole):
+        return fastest(job, *problem.whole()), False
+    each = []
+    for i in range(job.n):
+        if not _fits(job, partial(problem.part, i)):
+            return None, True
+        each.append(fastest(job, *problem.part(i)))
+    return Times(sum(t.forward for t in each), sum(t.both for t in each)), True
 
 
-def _tried(
-    job: Job, what: str, run: Callable[[], Times], *, quiet: bool = False
-) -> Times | None:
-    """What all ranks have measured; None, and why, if any of them could not."""
-    found, problem = None, ""
+def _fits(job: Job, draw: Callable[[], BothWays]) -> bool:
+    """Whether every rank has the memory for it: tried before ranks wait for each other in it."""
+    fits = True
     try:
-        found = run()
-    except rivals.Unavailable as reason:
-        problem = str(reason)
+        forward, backward = draw()
+        backward(forward())
     except Exception as error:
         if not ran_out_of_memory(error):
             raise
-        problem = "no memory"
+        fits = False
     if job.on_gpus:
         torch.cuda.empty_cache()
-    problems = [p for p in job.tell(problem) if p]
-    if not problems:
-        return found
-    if not quiet:
-        job.say(f"  {what:37} {problems[0][:60]}")
-    return None
+    return all(job.tell(fits))
 
 
 def _plans(job: Job) -> None:

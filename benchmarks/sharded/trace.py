@@ -72,11 +72,13 @@ def _intervals(job: Job, profile: Any) -> tuple[list[Interval], list[Interval]]:
     """Messages in their order, and kernels; on CPUs what gloo's threads and attention do."""
     messages, kernels = [], []
     for event in profile.events() or ():
-        on_device = event.device_type == torch.autograd.DeviceType.CUDA
+        on_device = event.device_type.name == "CUDA"
         interval = Interval(event.time_range.start, event.time_range.end)
+        if on_device and event.name.startswith("nccl:"):
+            continue  # an annotation, of what its kernel is there for too
         if on_device and "nccl" in event.name.lower():
             messages.append(interval)
-        elif on_device and not event.name.startswith(("Mem", "gpu_")):
+        elif on_device and not event.name.startswith("Mem"):
             kernels.append(interval)
         elif not job.on_gpus and event.name.startswith("gloo:"):
             messages.append(interval)

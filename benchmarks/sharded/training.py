@@ -9,8 +9,6 @@ from pathlib import Path
 
 from benchmarks.sharded.job import Job
 from olmo_core.train.metrics import read_metrics
-from olmo_core.train.parallel.degrees import deal
-from olmo_core.exceptions import OLMoConfigurationError
 
 __all__ = ["train"]
 

@@ -133,9 +133,7 @@ class RankPart:
         self._cp, tp = _meshes(n, style, device.type)
         if tp is not None:
             self.layer.apply_tp(tp)
-        kind = RingAttentionLoadBalancerType(
-            "zig_zag" if style in (TP, TP_CP, HYBRID) else style
-        )
+        kind = RingAttentionLoadBalancerType("zig_zag" if style in (TP, TP_CP, HYBRID) else style)
         alone = kind == RingAttentionLoadBalancerType.ulysses
         if self._cp is not None:
             ring = None if alone else RingContextParallelStyle(kind)
@@ -153,7 +151,11 @@ class RankPart:
             shards = [y.flatten(0, 1)[None] for y in shards]
             self.keywords = {"cu_doc_lens": cu}
         if self._cp is not None:
-            shard = {"inputs": shards, "seq_dims": [1, 1, 1], "pad_values": [0.0, 0.0, -1]}
+            shard: dict[str, Any] = {
+                "inputs": shards,
+                "seq_dims": [1, 1, 1],
+                "pad_values": [0.0, 0.0, -1],
+            }
             balancer = kind.build(self._cp)
             if cu is None:
                 shards = balancer.batch_shard(**shard)
