@@ -56,44 +56,52 @@ def peak(call: Callable[[], Any]) -> int:
 def _memory(job: Job, style: str, stride: int) -> str:
     """What other ranks' keys take in forward, in groups of kv heads, or in shards.
 
-    A ring's or a gather's peak with more kv heads less that with few, less the same of attention
-    within a shard: outputs, statistics and copies for the kernel are in all four. Groups grow with
-    the kv heads, for they are as many in all.
+    The peak with more kv heads less that with few, of all that a rank does and of its kernel alone,
+    which is given a group, or a shard: queries, outputs and the kernel's own copies are in both.
+    There are as many groups in all. Own rows that are packed to be sent don't count.
     """
     if not job.on_gpus:
         raise Skipped("torch counts the memory of GPUs alone")
     if job.n < 2:
         raise Skipped("for several ranks")
-    found, alone = {}, Segments.dense(TOKENS, TOKENS)
-    for kv_heads in (FEW, MANY):
-        each = stride * kv_heads // FEW
+    rings = style == "zig_zag"
+    reading = Reading([0, TOKENS * job.n], job.device)
+    rows, own, problem = TOKENS, 0, None
+    if not rings:
+        layout = RingAttentionLoadBalancerType(style).layout.name
+        plan = gather_plan(reading, layout, job.n, job.rank, -1, 1)
+        rows, problem = plan.exchange.wanted, plan.segments
+        own = TOKENS + sum(plan.exchange.n_send)  # as heads are cut out, and by receiver
+
+    def beyond_kernel(kv_heads: int) -> int:
+        """Bytes."""
+        alive = kv_heads if rings else stride * kv_heads // FEW
         q, k, v = (
             torch.randn(1, TOKENS, n, DIM, device=job.device, dtype=job.dtype)
             for n in (HEADS, kv_heads, kv_heads)
         )
-        context = context_of(job, style, each)
+        packed = torch.randn(1, rows, alive, 2 * DIM, device=job.device, dtype=job.dtype)
+        queries = q[:, :, : HEADS // kv_heads * alive]
+        segments = problem or Segments.dense(TOKENS, TOKENS)
+        context = context_of(job, style, alive)
 
-        def sharded(q: Tensor = q, k: Tensor = k, v: Tensor = v, context: Any = context) -> Tensor:
+        def sharded() -> Tensor:
             return attend_sharded(q, k, v, context, scale=DIM**-0.5, kernel="torch")
 
-        def within(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            return attend(q, k, v, alone, scale=DIM**-0.5, kernel="torch")
+        def kernel() -> Tensor:
+            keys, values = packed.split(DIM, -1)
+            return attend(queries, keys, values, segments, scale=DIM**-0.5, kernel="torch")
 
         with torch.no_grad():
             sharded()  # plans, and libraries' workspaces
-            within()
-            found[kv_heads] = peak(sharded) - peak(within)
-    more_heads = MANY - FEW if style == "zig_zag" else stride * (MANY // FEW - 1)
-    rows = TOKENS
-    if style != "zig_zag":
-        layout = RingAttentionLoadBalancerType(style).layout.name
-        reading = Reading([0, TOKENS * job.n], job.device)
-        rows = gather_plan(reading, layout, job.n, job.rank, -1, 1).exchange.wanted
-    unit = more_heads * rows * 2 * DIM * job.dtype.itemsize
-    units = (found[MANY] - found[FEW]) / unit
-    # A ring hands kernels the half of a shard that they see: a copy of it.
-    most = 2.5 if style == "zig_zag" else 2.0
-    what = "shards" if style == "zig_zag" else "groups"
+            kernel()
+            return peak(sharded) - peak(kernel)
+
+    more_heads = MANY - FEW if rings else stride * (MANY // FEW - 1)
+    per_row = more_heads * 2 * DIM * job.dtype.itemsize
+    units = ((beyond_kernel(MANY) - beyond_kernel(FEW)) / per_row - own) / rows
+    # A ring hands kernels the half of a shard that queries see: a copy of it.
+    most, what = (2.5, "shards") if rings else (2.0, "groups")
     failed_anywhere(job, [f"{units:.2f} {what} > {most}"] if units > most * 1.05 else [])
     (largest,) = job.largest([units])
     return f"{largest:.2f} {what} at most (allowed: {most})"
