@@ -2,6 +2,7 @@
 # Correctness, then times, on one GPU; each part on its own if named:
 # tests verify layer gated_delta_net gated_delta_rule kernels decode sharding bench. Results go to $OUT where it is set.
 # flash_qla only if named: its packages exclude those of flash-attn 4, so it has an environment of its own.
+# Only if named too: context_parallel, for several GPUs.
 # All together take some 15 minutes, most of which kernels compile. SETUP names a file to source first.
 # A part is interrupted after LIMIT seconds (300), and then still reports what it has found.
 set -u
@@ -21,6 +22,7 @@ for part in "${@:-tests verify layer gated_delta_net gated_delta_rule kernels de
       sharding)
         $within python3 -m benchmarks.virtual_ranks delta
         $within python3 -m benchmarks.virtual_ranks | tee "$out/virtual_ranks.txt" ;;
+      context_parallel) $within python3 -m benchmarks.context_parallel | tee "$out/context_parallel.txt" ;;
       *) $within python3 -m "benchmarks.${name}_gpu" ;;
     esac
   done

@@ -231,9 +231,9 @@ def peak(call):
     return most
 
 if sys.argv.pop(1) == "kept":
-    gathered, kept = gather._gathered, []
+    gathered = gather._gathered
     def keep(*arguments):
-        kept.clear()
+        kept = []
         for heads, keys, values in gathered(*arguments):
             kept.append(keys)
             yield heads, keys, values

@@ -142,8 +142,8 @@ def cells(
 ) -> list[Cell]:
     """All cells of some mixers and backends; of all of them by default.
 
-    :param ranks: How many share the sharded ones. An even number from four on has those whose heads
-        and sequences are both shared.
+    :param ranks: How many share the sharded ones. An even number from four on has those that are
+        shared in two ways: heads and sequences, or sequences by a ring of Ulysses pairs.
     :param quick: Only float32 and bfloat16, and a mixer or two of each class where none are named.
     """
     names = mixer_names(mixers)
