@@ -15,9 +15,12 @@ from torch import Tensor
 from benchmarks.sharded.job import Job
 from olmo_core.distributed import collectives
 from olmo_core.distributed.collectives import Pending
+from olmo_core.memory import ran_out_of_memory
 
-__all__ = ["Times", "answered_at_once", "fastest", "run_ahead", "slowest"]
+__all__ = ["BothWays", "Times", "answered_at_once", "fastest", "fits", "run_ahead", "slowest"]
 
+BothWays = tuple[Callable[[], Tensor], Callable[[Tensor], Any]]
+"""A forward pass, and its backward pass from an output."""
 _AHEAD = 4_000_000
 """Cycles that a GPU is kept busy while the host launches what is timed, as it is in training."""
 
@@ -40,6 +43,21 @@ def fastest(job: Job, forward: Callable[[], Tensor], backward: Callable[[Tensor]
     """Of all ranks, each of which does the whole alone: the baseline that is hardest to meet."""
     medians = [statistics.median(each) for each in _samples(job, forward, backward)]
     return Times(*(-ms for ms in job.largest([-ms for ms in medians])))
+
+
+def fits(job: Job, draw: Callable[[], BothWays]) -> bool:
+    """Whether every rank has the memory for it: tried before ranks wait for each other in it."""
+    fits = True
+    try:
+        forward, backward = draw()
+        backward(forward())
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        fits = False
+    if job.on_gpus:
+        torch.cuda.empty_cache()
+    return all(job.tell(fits))
 
 
 def _samples(

@@ -78,7 +78,7 @@ def _together(job: Job, style: str) -> str:
         if share:
             ranks.share_model(model, job.device)
             _prefetch(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, foreach=False)  # over two meshes
         found = []
         for step in range(STEPS):
             whole = data.batch(step).to(job.device)

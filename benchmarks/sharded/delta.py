@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.sharded.clock import Times, fastest, slowest
+from benchmarks.sharded.clock import BothWays, Times, fastest, fits, slowest
 from benchmarks.sharded.job import Job
 from olmo_core.config import DType
 from olmo_core.nn.attention.gated_delta_net import GatedDeltaNetConfig
@@ -28,6 +29,9 @@ def delta(job: Job) -> None:
     )
     job.say(f"{'tokens a rank, way':39}{'forward':>16}{'both':>24}")
     for tokens in job.sizes.delta_tokens:
+        if not fits(job, partial(_layer, job, tokens * job.n, None)):
+            job.say(f"{tokens}: one device can't hold {tokens * job.n}")
+            continue
         alone = fastest(job, *_layer(job, tokens * job.n, None))
         job.say(f"{f'{tokens}, one device':39}{alone.forward:9.2f}{'':15}{alone.both:9.2f}")
         for style in ("llama3", "zig_zag", "ulysses"):
@@ -46,7 +50,7 @@ def delta(job: Job) -> None:
             )  # fmt: skip
 
 
-def _layer(job: Job, tokens: int, style: str | None) -> Any:
+def _layer(job: Job, tokens: int, style: str | None) -> BothWays:
     """Forward and backward of a layer on this rank's tokens, or on one device alone."""
     width, heads, key_dim, value_dim = job.sizes.delta
     config = GatedDeltaNetConfig(

@@ -47,8 +47,9 @@ class Job:
         join_started(timedelta(seconds=self.patience), on_gpus=on_gpus)
         self.rank, self.n = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpus else _cpu()
-        # Answers whether a check failed, when its messages may not come through any more.
-        self._word = dist.new_group(backend="gloo", timeout=timedelta(seconds=3 * self.patience))
+        self._talk = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * self.patience))
+        # What came of a check is told here alone: a rank may have left others in the middle of it.
+        self._word = dist.new_group(backend="gloo", timeout=timedelta(seconds=4 * self.patience))
         # While the first rank has launched something else, the others wait for as long as it takes.
         self._aside = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
@@ -83,7 +84,11 @@ class Job:
     @cached_property
     def out(self) -> Path | None:
         """Where files go; only the first rank's."""
-        return Path(os.environ["OUT"]) if self.is_first and "OUT" in os.environ else None
+        if not self.is_first or "OUT" not in os.environ:
+            return None
+        folder = Path(os.environ["OUT"])
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def describe(self) -> str:
         what = torch.cuda.get_device_name() if self.on_gpus else "CPU"
@@ -103,7 +108,13 @@ class Job:
             (self.out / "context_parallel.json").write_text(content + "\n")
 
     def tell(self, value: Any) -> list[Any]:
-        """Each rank's value, for all; also when a rank has left an exchange in the middle."""
+        """Each rank's value, for all."""
+        values: list[Any] = [None] * self.n
+        dist.all_gather_object(values, value, group=self._talk)
+        return values
+
+    def last_word(self, value: Any) -> list[Any]:
+        """Likewise; also after a rank has left what all did together."""
         values: list[Any] = [None] * self.n
         dist.all_gather_object(values, value, group=self._word)
         return values
@@ -112,12 +123,12 @@ class Job:
         """Wait until every rank is here."""
         if self.on_gpus:
             torch.cuda.synchronize()
-        dist.barrier(group=self._word)
+        dist.barrier(group=self._talk)
 
     def largest(self, values: Sequence[float]) -> list[float]:
         """Of each value the largest of any rank."""
         whole = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(whole, dist.ReduceOp.MAX, group=self._word)
+        dist.all_reduce(whole, dist.ReduceOp.MAX, group=self._talk)
         found: list[float] = whole.tolist()
         return found
 
@@ -129,6 +140,9 @@ class Job:
         :param arguments: What torchrun is to run.
         :param limit: Seconds after which it is killed; its exit code is then -9.
         """
+        if self.on_gpus:
+            torch.cuda.empty_cache()
+            self.line_up()
         done = _launched(arguments, ranks, limit, environment) if self.is_first else None
         outcome = [done]
         dist.broadcast_object_list(outcome, src=0, group=self._aside)

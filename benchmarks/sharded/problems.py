@@ -7,11 +7,12 @@ import random
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.sharded.clock import BothWays
 from benchmarks.sharded.job import Job
 from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.parallel.balancers import RingAttentionLoadBalancerType
@@ -25,11 +26,7 @@ from olmo_core.nn.attention.parallel.styles import (
 )
 from olmo_core.nn.attention.segments import Segments
 
-__all__ = ["Attention", "BothWays", "Mask", "context_of", "log_normal", "masks", "padded", "ways"]
-
-
-BothWays = tuple[Callable[[], Tensor], Callable[[Tensor], Any]]
-"""A forward pass, and its backward pass from an output."""
+__all__ = ["Attention", "Mask", "context_of", "log_normal", "masks", "padded", "ways"]
 
 
 class Mask(NamedTuple):

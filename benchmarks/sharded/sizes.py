@@ -51,7 +51,7 @@ GPU = Sizes(
     planned_documents=2000,
     train_steps=30,
     train_options=(
-        "model.d_model=2048", "model.n_layers=8", "model.dtype=bfloat16",
+        "model.d_model=2048", "model.n_layers=4", "model.dtype=bfloat16", "optimizer.lr=1e-4",
         "model.blocks.0.sequence_mixer.n_heads=16", "data.sequence_length=8192",
         "data.max_doc_len=8192",
     ),

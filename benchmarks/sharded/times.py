@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.sharded.clock import Times, answered_at_once, fastest, slowest
+from benchmarks.sharded.clock import Times, answered_at_once, fastest, fits, slowest
 from benchmarks.sharded.delta import delta
 from benchmarks.sharded.job import Job
 from benchmarks.sharded.problems import (
     Attention,
-    BothWays,
     Mask,
     context_of,
     log_normal,
@@ -25,7 +23,6 @@ from benchmarks.sharded.problems import (
 )
 from benchmarks.sharded.rivals import Unavailable, context_parallel
 from olmo_core.diagnostics.machine import probe_head_dim
-from olmo_core.memory import ran_out_of_memory
 from olmo_core.nn.attention.capabilities import CAPABILITIES, Environment, Request, refusals
 from olmo_core.nn.attention.parallel.layout import LAYOUTS
 from olmo_core.nn.attention.parallel.plan import gather_plan
@@ -46,13 +43,14 @@ def measure(job: Job) -> None:
     columns = f"{'ms':>9}{'share':>7}{'silent':>8}{'TF':>6}"
     job.say(f"{'':39}{'forward':>30}{'forward + backward':>30}")
     job.say(f"{'kernel, tokens a rank, mask':39}{columns}{columns}")
+    missing = {kernel: _missing(job, kernel) for kernel in sizes.kernels}
+    for kernel, why in missing.items():
+        if why:
+            job.say(f"{kernel}: {why}")
     rivals: list[tuple[_Table, Attention]] = []
     for tokens in sizes.tokens:
         for mask in masks(job, tokens):
-            for kernel in sizes.kernels:
-                if why := _missing(job, kernel):
-                    job.say(f"{kernel}: {why}")
-                    continue
+            for kernel in (kernel for kernel, why in missing.items() if not why):
                 problem = Attention(job, mask, kernel, tokens)
                 table = _attention(job, problem)
                 if table and mask.window < 0 and len(mask.ends) == 2 and kernel == "torch":
@@ -129,29 +127,14 @@ def _attention(job: Job, problem: Attention) -> _Table | None:
 
 def _alone(job: Job, problem: Attention) -> tuple[Times | None, bool]:
     """One device's time for all tokens, and whether it is a sum over parts."""
-    if _fits(job, problem.whole):
+    if fits(job, problem.whole):
         return fastest(job, *problem.whole()), False
     each = []
     for i in range(job.n):
-        if not _fits(job, partial(problem.part, i)):
+        if not fits(job, partial(problem.part, i)):
             return None, True
         each.append(fastest(job, *problem.part(i)))
     return Times(sum(t.forward for t in each), sum(t.both for t in each)), True
-
-
-def _fits(job: Job, draw: Callable[[], BothWays]) -> bool:
-    """Whether every rank has the memory for it: tried before ranks wait for each other in it."""
-    fits = True
-    try:
-        forward, backward = draw()
-        backward(forward())
-    except Exception as error:
-        if not ran_out_of_memory(error):
-            raise
-        fits = False
-    if job.on_gpus:
-        torch.cuda.empty_cache()
-    return all(job.tell(fits))
 
 
 def _plans(job: Job) -> None:

@@ -121,21 +121,35 @@ def test_four_ranks(tmp_path: Path, only: str) -> None:
 
 
 BROKEN = """
-import sys
+import os, sys, time
 from benchmarks.context_parallel import main
+from benchmarks.sharded import answers
 from olmo_core.distributed import collectives
 from olmo_core.nn.attention.parallel import ring
-if sys.argv.pop(1) == "order":
-    steps = ring.ring_steps  # keys of later ranks are taken for those of earlier ones
-    ring.ring_steps = lambda plan, rank, ranks: steps(plan, ranks - 1 - rank, ranks)
+
+def instead(module, name, stand_in):
+    real = getattr(module, name)
+    setattr(module, name, lambda *arguments: stand_in(real, *arguments))
+
+def alone(real, *arguments):
+    if os.environ["RANK"] == "1":
+        raise ValueError("this rank alone")
+    return real(*arguments)
+
+def asleep(real, *arguments):
+    if os.environ["RANK"] == "1":
+        time.sleep(1000)
+    return real(*arguments)
+
+how = sys.argv.pop(1)
+if how == "wrong":  # keys of later ranks are taken for those of earlier ones
+    instead(ring, "ring_steps", lambda real, plan, rank, n: real(plan, n - 1 - rank, n))
+elif how == "alone":
+    instead(collectives, "exchange", alone)
+elif how == "late":
+    instead(answers, "worst", alone)
 else:
-    import os
-    exchange = collectives.exchange
-    def lost(*arguments):
-        if os.environ["RANK"] == "1":
-            raise ValueError("this rank alone")
-        return exchange(*arguments)
-    collectives.exchange = lost
+    instead(collectives, "exchange", asleep)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -144,12 +158,18 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("order", "is off by"), ("alone", "rank 1: ValueError: this rank alone")],
+    [
+        ("wrong", "is off by"),
+        ("alone", "rank 1: ValueError: this rank alone"),
+        ("late", "rank 1: ValueError: this rank alone"),
+        ("asleep", "a rank does not answer"),
+    ],
 )
 def test_what_is_broken_fails(tmp_path: Path, how: str, message: str) -> None:
-    """A wrong schedule; and a rank that leaves the others in the middle of an exchange."""
+    """A wrong schedule; a rank that leaves the others in the middle of an exchange, or after it;
+    and one that never comes."""
     (tmp_path / "broken.py").write_text(BROKEN)
-    arguments = ("checks", "--only", "zig_zag eager", "--mixer", "gqa", "--patience", "8")
+    arguments = ("checks", "--only", "zig_zag eager", "--mixer", "gqa", "--patience", "5")
     done = launch(tmp_path, 2, str(tmp_path / "broken.py"), how, *arguments)
     assert done.returncode != 0
     assert statuses(done) == {"torch zig_zag eager": "failed"}, done.stdout + done.stderr
