@@ -24,6 +24,7 @@ from olmo_core.diagnostics.sharded import HYBRID, TP_CP, RankPart
 from olmo_core.diagnostics.subject import Answer, Subject
 from olmo_core.diagnostics.verify import Cell, why_not
 from olmo_core.distributed.collectives import Traffic, count_traffic
+from olmo_core.distributed.utils import local_part
 from olmo_core.nn.attention.capabilities import (
     CAPABILITIES,
     Environment,
@@ -32,7 +33,7 @@ from olmo_core.nn.attention.capabilities import (
 )
 from olmo_core.nn.attention.kernels.softmax import Feature
 
-__all__ = ["COMPILED", "backends_here", "checks"]
+__all__ = ["checks", "expect_same_messages"]
 
 STYLES = tuple(name for name, prop in PROPERTIES.items() if prop.is_sharded)
 PROBLEMS = ("whole", "documents")
@@ -65,20 +66,17 @@ MODES: dict[str, Callable[[nn.Module], Call]] = {
 }
 
 
-def checks(
-    job: Job, mixers: Sequence[str] = (), *, compiled: Sequence[str] = COMPILED
-) -> tuple[list[Check], list[Check]]:
+def checks(job: Job, mixers: Sequence[str] = ()) -> tuple[list[Check], list[Check]]:
     """Those of each backend and style, and those that compile, which takes minutes.
 
     :param mixers: Only these of ``verify``'s layers; all of them if empty.
-    :param compiled: Only these of them are compiled.
     """
     environment, head_dim = Environment.detect(job.device), probe_head_dim(job.device)
     subject = cache(lambda name: Subject(MIXERS[name], head_dim, job.device, job.n))
-    every = _Every(job, tuple(mixers) or tuple(MIXERS), tuple(compiled), environment, subject)
+    every = _Every(job, tuple(mixers) or tuple(MIXERS), environment, subject)
     quick: list[Check] = []
     slow: list[Check] = []
-    for backend in backends_here(job):
+    for backend in _backends(job):
         for style in STYLES:
             for mode in MODES:
                 check = Check(
@@ -90,7 +88,7 @@ def checks(
     return quick, slow
 
 
-def backends_here(job: Job) -> list[str]:
+def _backends(job: Job) -> list[str]:
     """Those that serve a sharded layer on this machine; torch's first."""
     environment = Environment.detect(job.device)
     asked = Request(
@@ -106,11 +104,10 @@ class _Every:
         self,
         job: Job,
         mixers: tuple[str, ...],
-        compiled: tuple[str, ...],
         environment: Environment,
         subject: Callable[[str], Subject],
     ) -> None:
-        self.job, self.mixers, self.compiled = job, mixers, compiled
+        self.job, self.mixers = job, mixers
         self.environment, self.subject = environment, subject
 
     def _suited(self, backend: str, style: str, mixers: Sequence[str]) -> list[str]:
@@ -135,7 +132,7 @@ class _Every:
         if mode == "reduce-overhead" and not self.job.on_gpus:
             raise Skipped("CUDA graphs need GPUs")
         compiled = mode not in ("eager", "checkpointed")
-        mixers = [m for m in self.mixers if not compiled or m in self.compiled]
+        mixers = [m for m in self.mixers if not compiled or m in COMPILED]
         seen: list[Comparison] = []
         graphs = 0
         for mixer in self._suited(backend, style, mixers):
@@ -178,7 +175,7 @@ class _Every:
             differ += [
                 f"{mixer}: {name}"
                 for name in first
-                if not torch.equal(_local(first[name]), _local(second[name]))
+                if not torch.equal(local_part(first[name]), local_part(second[name]))
             ]
         expect_none(differ)
         return f"{compared} tensors of {len(mixers)} layers"
@@ -209,12 +206,6 @@ def expect_same_messages(eager: Traffic, replayed: Traffic) -> None:
         raise AssertionError(
             f"eager mode sends {eager}, compiled graphs leave {replayed} to Python"
         )
-
-
-def _local(x: Tensor) -> Tensor:
-    from olmo_core.distributed.utils import local_part
-
-    return local_part(x)
 
 
 @contextmanager

@@ -62,8 +62,7 @@ def _memory(job: Job, style: str, stride: int) -> str:
     """
     if not job.on_gpus:
         raise Skipped("torch counts the memory of GPUs alone")
-    if job.n < 2:
-        raise Skipped("for several ranks")
+    _expect_nccl(job)
     rings = style == "zig_zag"
     reading = Reading([0, TOKENS * job.n], job.device)
     rows, own, problem = TOKENS, 0, None
@@ -107,10 +106,18 @@ def _memory(job: Job, style: str, stride: int) -> str:
     return f"{largest:.2f} {what} at most (allowed: {most})"
 
 
+def _expect_nccl(job: Job) -> None:
+    if job.n < 2:
+        raise Skipped("for several ranks")
+    if job.shares_gpus:
+        raise Skipped("ranks share a GPU: gloo takes messages through the host")
+
+
 def _waits(job: Job, style: str) -> str:
     """As many waits in a model of many layers as in one of few, and none for known lengths."""
     if not job.on_gpus:
         raise Skipped("the host waits for GPUs alone")
+    _expect_nccl(job)
     if style == "ulysses" and 4 % job.n:
         raise Skipped(f"{job.n} ranks can't share 4 heads")
     few, many = (_waits_of(job, style, layers) for layers in (6, 12))
