@@ -39,7 +39,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from olmo_core.diagnostics.verify import mixer_names
+from olmo_core.diagnostics.verify import KERNEL, mixer_names
+from olmo_core.exceptions import OLMoConfigurationError
 
 if TYPE_CHECKING:
     from benchmarks.sharded.job import Job
@@ -60,7 +61,11 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown := sorted({*options.parts} - {*PARTS}):
         parser.error(f"no such part: {', '.join(unknown)}. Choose from {', '.join(PARTS)}.")
     options.parts = options.parts or list(PARTS)
-    options.mixer = mixer_names(options.mixer) if options.mixer else []
+    if options.mixer:
+        try:
+            options.mixer = [name for name in mixer_names(options.mixer) if name != KERNEL]
+        except OLMoConfigurationError as error:
+            parser.error(str(error))
     return options
 
 

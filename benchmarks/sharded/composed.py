@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.sharded.checks import Check, Skipped
-from benchmarks.sharded.job import Job
+from benchmarks.sharded.job import TOO_LATE, Job
 from olmo_core.config import DType
 from olmo_core.data import VOCAB_SIZE, PackedDocuments, load_documents
 from olmo_core.nn.attention import AttentionConfig, GatedDeltaNetConfig
@@ -137,7 +137,7 @@ def _killed(job: Job) -> str:
     begun = time.perf_counter()
     done = job.launch(["-m", "benchmarks.sharded.killed"], ranks=job.n, limit=120)
     seconds = time.perf_counter() - begun
-    if done.returncode in (0, -9) or "step" not in done.stdout:
+    if done.returncode in (0, TOO_LATE) or "step" not in done.stdout:
         raise AssertionError(
             f"exit code {done.returncode} after {seconds:.0f} s: {_last_lines(done.stdout)}"
         )

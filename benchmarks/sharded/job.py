@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,10 +22,12 @@ import torch.distributed as dist
 from benchmarks.sharded.sizes import CPU, GPU, TINY, Sizes
 from olmo_core.distributed.launched import join_started
 
-__all__ = ["LAUNCHED_BY", "Job"]
+__all__ = ["TOO_LATE", "Job"]
 
 ROOT = Path(__file__).parents[2]
-LAUNCHED_BY = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC")
+TOO_LATE = 124
+"""Exit code of a launch that did not end in time."""
+_LAUNCHED_BY = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC")
 """How the variables begin that torchrun sets: a launch inside a rank must not inherit them."""
 
 
@@ -138,7 +139,7 @@ class Job:
         """A launch of its own by the first rank, while the others wait; the outcome, on all ranks.
 
         :param arguments: What torchrun is to run.
-        :param limit: Seconds after which it is killed; its exit code is then -9.
+        :param limit: Seconds after which it is ended; its exit code is then :data:`TOO_LATE`.
         """
         if self.on_gpus:
             torch.cuda.empty_cache()
@@ -161,7 +162,7 @@ def _cpu() -> torch.device:
 def _launched(
     arguments: Sequence[str], ranks: int, limit: float, environment: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHED_BY)}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHED_BY)}
     paths = [str(ROOT / "src"), str(ROOT), inherited.get("PYTHONPATH", "")]
     inherited["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     command = [
@@ -170,11 +171,15 @@ def _launched(
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**inherited, **environment}, start_new_session=True,
+        env={**inherited, **environment},
     )  # fmt: skip
+    code = None
     try:
         output, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # and its ranks
-        output, _ = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, output, "")
+        process.terminate()  # the launcher ends its ranks, within half a minute
+        code, (output, _) = TOO_LATE, process.communicate()
+    except BaseException:
+        process.terminate()
+        raise
+    return subprocess.CompletedProcess(command, code or process.returncode, output, "")

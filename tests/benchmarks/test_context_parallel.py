@@ -87,6 +87,9 @@ def test_what_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed(["time"])
     assert "no such part: time. Choose from checks, times, trace, train." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parsed(["--mixer", "gqq"])
+    assert "There is no mixer 'gqq'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
