@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import tempfile
 from itertools import pairwise
@@ -37,7 +38,7 @@ def train(job: Job) -> None:
 def _say(job: Job, name: str, ranks: int, rate: float | str, alone: float | str) -> None:
     job.found("train", way=name, ranks=ranks, tokens_per_second=rate)
     if isinstance(rate, str):
-        job.say(f"  {name:37}{rate[:60]}")
+        job.say(f"  {name:37}{rate[:100]}")
         return
     share = f"{rate / (ranks * alone):7.1%}" if isinstance(alone, float) else ""
     job.say(f"  {name:37}{rate:9.0f}{share}")
@@ -63,7 +64,8 @@ def _rate(job: Job, ranks: int, options: list[str]) -> float | str:
         rows = read_metrics(Path(run, "metrics.jsonl")) if job.is_first else []
     seconds = [row["seconds"] for row in rows]
     taken = [b - a for a, b in pairwise(seconds)][WARM - 1 :]
-    rate: float | str = f"exit code {done.returncode}: {done.stdout.strip()[-200:]}"
+    errors = re.findall(r"^.*Error\b.*$", done.stdout, re.MULTILINE) or [done.stdout[-200:]]
+    rate: float | str = f"exit code {done.returncode}: {errors[0].strip()}"
     if done.returncode == 0 and taken:
         length = next(o for o in sizes.train_options if o.startswith("data.sequence_length="))
         rate = job.n * int(length.split("=")[1]) / statistics.median(taken)
