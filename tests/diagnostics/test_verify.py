@@ -191,16 +191,18 @@ def test_heads_dealt_to_ranks(ranks: None) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_four_ranks_share_heads_and_sequences() -> None:
-    todo = [c for c in cells(backends=["torch"], ranks=4) if c.prop == "tp_cp"]
+@pytest.mark.parametrize(("prop", "unsuited"), [("tp_cp", ["mqa"]), ("hybrid", [])])
+def test_four_ranks_share_in_two_ways(prop: str, unsuited: list[str]) -> None:
+    todo = [c for c in cells(backends=["torch"], ranks=4) if c.prop == prop]
     todo = [c for c in todo if c.dtype == torch.float32]
     outcomes = list(run(todo, CPU, 4))
-    assert [o.cell.mixer for o in outcomes if o.status != "passed"] == ["mqa"]
+    assert outcomes and [o.cell.mixer for o in outcomes if o.status != "passed"] == unsuited
 
 
 def test_cells_of_both_take_four_ranks() -> None:
     props = [{c.prop for c in cells(["fused"], ["torch"], ranks=n)} for n in (2, 3, 4, 5, 6)]
-    assert ["tp_cp" in each for each in props] == [False, False, True, False, True]
+    for prop in ("tp_cp", "hybrid"):
+        assert [prop in each for each in props] == [False, False, True, False, True]
     assert all("tp" in each for each in props)
 
 
