@@ -6,6 +6,7 @@ Triton compiles for any GPU; only a launch needs one. So a driver that names a G
 from __future__ import annotations
 
 import copy
+import itertools
 from contextlib import nullcontext
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -37,8 +38,11 @@ KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 class Driver:
     """All that Triton asks of a driver while it compiles."""
 
+    devices = itertools.count()
+
     def __init__(self, capability: int) -> None:
         self.capability = capability
+        self.device = next(self.devices)  # for which no test before has compiled anything
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -46,7 +50,7 @@ class Driver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
