@@ -98,13 +98,25 @@ def test_the_adjoint_gives_every_gradient_back() -> None:
                 rows[received] += d[again]
             packed.append(rows)
         for rank, back in enumerate(carry_out(plans, packed, back=True)):
-            total = torch.zeros(plans[rank].held, dtype=torch.float64)
-            for rows, part in zip(
-                plans[rank].send.split(plans[rank].n_send), back.split(plans[rank].n_send)
-            ):
-                assert rows.unique().shape == rows.shape
-                total[rows] += part
+            held_rows = plans[rank].held
+            total, last = torch.zeros(held_rows, dtype=torch.float64), torch.full((held_rows,), -1)
+            for home, places in plans[rank].home:
+                rows = torch.arange(held_rows) if home is None else home
+                assert rows.unique().shape == rows.shape  # no two atomics meet
+                assert (places > last[rows]).all()  # rank after rank
+                total[rows] += back[places]
+                last[rows] = places
             torch.testing.assert_close(total, expected[held.of(rank).tokens()])
+            assert sum(len(places) for _, places in plans[rank].home) == len(back)
+
+
+def test_short_documents_come_home_in_few_sums() -> None:
+    held = LAYOUTS["contiguous"].table([*range(0, 8 * 64, 32), 8 * 64], 8)
+    wanted = seen(held, -1)
+    assert [len(plan_exchange(held, wanted, rank, 8).home) for rank in range(8)] == [1] * 8
+    held = LAYOUTS["contiguous"].table([*range(0, 8 * 64, 48), 8 * 64], 8)
+    wanted = seen(held, -1)
+    assert max(len(plan_exchange(held, wanted, rank, 8).home) for rank in range(8)) == 2
 
 
 def test_whole_documents_and_windows_of_one_key_stay_at_home() -> None:

@@ -35,6 +35,9 @@ class Exchange:
     """For each received row, the first wanted row that it serves."""
     again: list[tuple[Tensor, Tensor]]
     """Received rows, each once, and a further wanted row that each of them serves."""
+    home: list[tuple[Tensor | None, Tensor]]
+    """In rounds, held rows, each once, and where among the sent ones each of them is: rank after
+    rank. None stands for all held rows in order."""
     moves: bool
     """Whether any rank sends anything to another: the same answer on all ranks."""
 
@@ -43,9 +46,12 @@ class Exchange:
         place = None if self.place is None else self.place.to(device)
         first = None if self.first is None else self.first.to(device)
         again = [(rows.to(device), wanted.to(device)) for rows, wanted in self.again]
+        home = [
+            (None if rows is None else rows.to(device), at.to(device)) for rows, at in self.home
+        ]
         return Exchange(
             self.held, self.wanted, self.send.to(device), self.n_send, self.n_receive,
-            place, first, again, self.moves,
+            place, first, again, home, self.moves,
         )  # fmt: skip
 
     def fetch(self, x: Tensor, group: str) -> Callable[[], Tensor]:
@@ -82,11 +88,17 @@ class Exchange:
         pending = self._start(rows, self.n_receive, self.n_send, group)
 
         def wait() -> Tensor:
-            back = pending.wait().transpose(0, 1).split(self.n_send, dim=1)
-            shape = (d.shape[0], self.held, *d.shape[2:])
-            total = d.new_zeros(shape, dtype=accumulator(d.dtype))
-            for held, part in zip(self.send.split(self.n_send), back, strict=True):
-                total.index_add_(1, held, part.to(total.dtype))  # each row once: no atomics meet
+            back, dtype = pending.wait().transpose(0, 1), accumulator(d.dtype)
+            total = None
+            for held, places in self.home:
+                part = back.index_select(1, places).to(dtype)
+                if held is None:
+                    total = part
+                    continue
+                if total is None:
+                    total = d.new_zeros((d.shape[0], self.held, *d.shape[2:]), dtype=dtype)
+                total.index_add_(1, held, part)  # each row once: no atomics meet
+            assert total is not None
             return total
 
         return wait
@@ -201,8 +213,27 @@ def plan_exchange(held: SpanTable, wanted: SpanTable, rank: int, n: int) -> Exch
     stays = torch.equal(held.start, wanted.start) and torch.equal(held.stop, wanted.stop)
     return Exchange(
         int(mine.length.sum()), int(want.length.sum()), send, n_send, n_receive,
-        place, first, again, not stays,
+        place, first, again, _rounds(send, n_send, int(mine.length.sum())), not stays,
     )  # fmt: skip
+
+
+def _rounds(send: Tensor, n_send: list[int], held: int) -> list[tuple[Tensor | None, Tensor]]:
+    """Sums of what comes back, rank after rank: see :attr:`Exchange.home`. There are as many rounds
+    as ranks that want one row, which short documents make few."""
+    times = torch.zeros(held, dtype=torch.int64)
+    nth = torch.empty_like(send)
+    for rows, mine in zip(send.split(n_send), nth.split(n_send), strict=True):
+        mine.copy_(times[rows])
+        times[rows] += 1  # a rank wants a row once
+    rounds: list[tuple[Tensor | None, Tensor]] = []
+    for turn in range(max(1, int(times.max()) if held else 1)):
+        places = (nth == turn).nonzero().flatten()
+        rows = send[places]
+        if turn == 0 and len(places) == held:
+            rounds.append((None, torch.empty_like(places).scatter_(0, rows, places)))
+        else:
+            rounds.append((rows, places))
+    return rounds
 
 
 def _received_rows(want: _Intervals, received: _Intervals, position: Tensor) -> Tensor:
