@@ -14,8 +14,8 @@ within="timeout -s INT -k 20 ${LIMIT:-300}"
 for part in "${@:-tests verify layer gated_delta_net gated_delta_rule kernels decode sharding bench}"; do
   for name in $part; do
     case $name in
-      # One worker has all tests of ranks: in each, they would fill the GPU's memory with contexts.
-      tests) PYTHONPATH=src:tests:$PYTHONPATH $within python3 -m pytest -m 'gpu or triton' -q -n 8 \
+      # One worker has all tests of ranks, and there are few: eight have filled the GPU's memory.
+      tests) PYTHONPATH=src:tests:$PYTHONPATH $within python3 -m pytest -m 'gpu or triton' -q -n 4 \
         --dist loadgroup --tb=short -rf -p no:benchmark -p no:cacheprovider tests 2>&1 | tee "$out/tests.log" ;;
       verify) $within python3 -m olmo_core verify --device cuda --jobs 8 --json "$out/verify_h100.json" ;;
       bench) $within python3 -m olmo_core bench --device cuda --json "$out/bench.json" --plot "$out/bench.png" ;;
