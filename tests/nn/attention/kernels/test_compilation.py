@@ -23,7 +23,7 @@ from olmo_core.nn.attention.gated_delta_net import layer as layer_module
 from olmo_core.nn.attention.gated_delta_net.ahead import first_of_its_kind
 from olmo_core.nn.attention.inputs import Call
 from olmo_core.nn.attention.kernels import launch, triton_driver
-from olmo_core.nn.attention.kernels.gated_delta_rule import blocks, triton_rule
+from olmo_core.nn.attention.kernels.gated_delta_rule import RuleInputs, blocks, triton_rule
 from olmo_core.nn.attention.kernels.launch import only_compiling
 
 pytestmark = pytest.mark.skipif(
@@ -108,13 +108,12 @@ def run_rule(
     v = empty(batch, tokens, values, value_dim)
     g, beta = (empty(batch, tokens, values, dtype=torch.float32) for _ in range(2))
     cu = empty(5, dtype=torch.int32) if documents else None
-    options: dict[str, Any] = {"scale": 0.1, "normalize_qk": True}
     if documents:
         q, k, v, g, beta = (x.flatten(0, 1)[None] for x in (q, k, v, g, beta))
-    _, _, saved = triton_rule.triton_forward(q, k, v, g, beta, None, cu, **options, save=True)
+    inputs = RuleInputs(q, k, v, g, beta, cu, 0.1, True)
+    _, _, saved = triton_rule.triton_forward(inputs, None, save=True)
     assert saved is not None
-    dout = torch.empty_like(v)
-    triton_rule.triton_backward(dout, None, q, k, v, g, beta, saved, cu, **options)
+    triton_rule.triton_backward(torch.empty_like(v), None, inputs, saved)
 
 
 def run_around(batch: int = 2, tokens: int = 1000, documents: bool = False) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from olmo_core.nn.attention.gated_delta_net.sizes import GatedDeltaNetSizes
 from olmo_core.nn.attention.kernels.convolution import Stream, convolution_ahead
-from olmo_core.nn.attention.kernels.gated_delta_rule import rule_ahead
+from olmo_core.nn.attention.kernels.gated_delta_rule import RuleInputs, rule_ahead
 from olmo_core.nn.attention.kernels.gates import decay_gates_ahead, gated_norm_ahead
 from olmo_core.nn.attention.kernels.launch import shaped_like
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
@@ -80,7 +80,7 @@ def compile_layer_ahead(
     g, beta = (wide(*rows, value_heads) for _ in range(2))
     (lengths,) = shaped_like(cu_doc_lens)
     scale = sizes.head_k_dim**-0.5
-    rule_ahead(device, (q, k, v, g, beta), lengths, scale, normalize_qk=True, save=save)
+    rule_ahead(device, RuleInputs(q, k, v, g, beta, lengths, scale, True), save)
     if not any(is_heard(conv) for conv in convolutions):
         streams = [
             Stream(y.flatten(2), *shaped_like(local(conv.weight), local(conv.bias)))

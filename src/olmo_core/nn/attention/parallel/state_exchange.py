@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from olmo_core.distributed.collectives import all_gather, place_in
-from olmo_core.nn.attention.kernels.gated_delta_rule.chunks import accumulation_dtype
+from olmo_core.nn.attention.kernels.gated_delta_rule.chunks import RuleInputs, accumulation_dtype
 from olmo_core.nn.attention.kernels.gated_delta_rule.op import SAVED
 from olmo_core.nn.attention.kernels.gated_delta_rule.span import span_backward, span_forward
 from olmo_core.nn.attention.parallel.op import ARGUMENTS, LIBRARY, TAGS, Shard, documents_of
@@ -90,10 +90,8 @@ def _forward(
         return _composed(maps, plan.before, v.shape[3], transposed=False)
 
     if plan.before and plan.after:
-        return span_forward(
-            *inputs, plan.documents, incoming, plan.last_start,
-            scale=shard.scale, normalize_qk=normalize_qk, save=save,
-        )  # fmt: skip
+        x = RuleInputs.of(inputs, plan.documents, shard.scale, normalize_qk)
+        return span_forward(x, incoming, plan.last_start, save=save)
     n, m = _empty_map(q, v)
     options = (plan.documents, shard.scale, normalize_qk, save)
     if plan.before:
@@ -140,10 +138,8 @@ def _backward(
         return _composed(maps, plan.after[::-1], v.shape[3], transposed=True)
 
     if plan.before and plan.after:
-        return span_backward(
-            dout, *inputs, tuple(saved), plan.documents, outgoing, plan.first_stop,
-            scale=shard.scale, normalize_qk=normalize_qk,
-        )  # fmt: skip
+        x = RuleInputs.of(inputs, plan.documents, shard.scale, normalize_qk)
+        return span_backward(dout, x, tuple(saved), outgoing, plan.first_stop)
     dstate, _ = _empty_map(q, v)
     dfinal = outgoing(dstate) if plan.after else None
     found: tuple[Tensor, ...] = torch.ops.olmo_core.gated_delta_rule_backward(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nn.attention.kernels.gated_delta_rule.test_op import EXTREME, _gates, assert_close, make
 from olmo_core.nn.attention.kernels.gated_delta_rule import chunks, gated_delta_rule, op
+from olmo_core.nn.attention.kernels.gated_delta_rule.chunks import RuleInputs
 from olmo_core.nn.attention.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from olmo_core.nn.attention.kernels.gated_delta_rule.span import span_backward, span_forward
 
@@ -77,12 +78,9 @@ def of_span(inputs: dict[str, Tensor], cu: Tensor | None = None) -> dict[str, Te
         seen.append(dinitial)
         return dfinal + matrix @ dinitial
 
-    out, m, *saved = span_forward(
-        *tensors, cu, incoming, inner[-1] if inner else 0, **OPTIONS, save=True
-    )
-    grads = span_backward(
-        dout, *tensors, tuple(saved), cu, outgoing, inner[0] if inner else tokens, **OPTIONS
-    )
+    x = RuleInputs.of(tensors, cu, **OPTIONS)
+    out, m, *saved = span_forward(x, incoming, inner[-1] if inner else 0, save=True)
+    grads = span_backward(dout, x, tuple(saved), outgoing, inner[0] if inner else tokens)
     assert m.dtype == seen[0].dtype
     for grad, x in zip(grads, tensors, strict=True):
         assert grad.shape == x.shape and grad.dtype == x.dtype and grad.is_contiguous()
@@ -173,13 +171,10 @@ def test_what_is_saved_and_dtypes(save: bool) -> None:
     *tensors, initial = inputs.values()
     halves = [x.bfloat16() if i < 3 else x.float() for i, x in enumerate(tensors)]
     with torch.autocast("cpu", torch.bfloat16):
-        out, m, *saved = span_forward(
-            *halves, None, lambda n, m: initial.float(), 0, **OPTIONS, save=save
-        )
+        x = RuleInputs.of(halves, None, **OPTIONS)
+        out, m, *saved = span_forward(x, lambda n, m: initial.float(), 0, save=save)
     assert out.dtype == torch.bfloat16 and m.dtype == torch.float32
-    whole = op.form_of(halves[0], halves[2]).forward(
-        *halves, initial.float(), None, **OPTIONS, save=save
-    )
+    whole = op.form_of(halves[0], halves[2]).forward(x, initial.float(), save=save)
     assert torch.equal(out, whole[0])
     for mine, theirs in zip(saved, op.saved_outputs(whole[2], m), strict=True):
         assert torch.equal(mine, theirs)

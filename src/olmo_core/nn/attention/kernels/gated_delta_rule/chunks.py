@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,35 @@ _KEPT = threading.local()  # each thread's scratch by dtype and name
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and states: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class RuleInputs(NamedTuple):
+    """What every pass of the rule reads: arguments of :func:`.op.gated_delta_rule`, checked."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    cu_doc_lens: Tensor | None
+    """Documents then lie one after another, in one row: B is 1."""
+    scale: float
+    normalize_qk: bool
+
+    @classmethod
+    def of(
+        cls, tensors: Iterable[Tensor], cu_doc_lens: Tensor | None, scale: float, normalize_qk: bool
+    ) -> RuleInputs:
+        """
+        :param tensors: q, k, v, g and beta.
+        """
+        q, k, v, g, beta = tensors
+        return cls(q, k, v, g, beta, cu_doc_lens, scale, normalize_qk)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Those that have gradients."""
+        return self[:5]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from olmo_core.nn.dispatch import (
 )
 from olmo_core.nn.lengths import check_cu_doc_lens
 
-from .chunks import ChunkGrid, accumulation_dtype
+from .chunks import ChunkGrid, RuleInputs, accumulation_dtype
 from .torch_backward import chunked_backward
 from .torch_forward import Saved, chunked_forward
 from .torch_span import chunked_span_backward, chunked_span_forward
@@ -217,31 +217,11 @@ def form_of(q: Tensor, v: Tensor) -> Form:
     return choose(FORMS, q, v).run
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    cu_doc_lens: Tensor | None,
-    scale: float,
-    normalize_qk: bool,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    with torch.autocast(q.device.type, enabled=False):
-        out, state, saved = form_of(q, v).forward(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            initial_state,
-            cu_doc_lens,
-            scale=scale,
-            normalize_qk=normalize_qk,
-            save=save,
-        )
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, initial_state, cu_doc_lens, scale, normalize_qk, save = args
+    x = RuleInputs.of(tensors, cu_doc_lens, scale, normalize_qk)
+    with torch.autocast(x.q.device.type, enabled=False):
+        out, state, saved = form_of(x.q, x.v).forward(x, initial_state, save=save)
     return out, state, *saved_outputs(saved, state)
 
 
@@ -251,56 +231,18 @@ def saved_outputs(saved: Saved | None, like: Tensor) -> list[Tensor]:
     return [like.new_empty(0) if x is None else x for x in fields]
 
 
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    cu_doc_lens: Tensor | None,
-    scale: float,
-    normalize_qk: bool,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    grid = ChunkGrid.of(q, v)
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    grid, save = ChunkGrid.of(q, v), args[-1]
     dtype = accumulation_dtype(q.dtype)
     state = q.new_empty((grid.batch, grid.value_heads, grid.key_dim, grid.value_dim), dtype=dtype)
     saved = form_of(q, v).saved(q, v) if save else None
     return v.new_empty(v.shape), state, *saved_outputs(saved, state)
 
 
-def _backward(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    states: Tensor,
-    updates: Tensor,
-    inverses: Tensor,
-    scores: Tensor,
-    erasers: Tensor,
-    cu_doc_lens: Tensor | None,
-    scale: float,
-    normalize_qk: bool,
-) -> tuple[Tensor, ...]:
-    with torch.autocast(q.device.type, enabled=False):
-        return form_of(q, v).backward(
-            dout,
-            dfinal,
-            q,
-            k,
-            v,
-            g,
-            beta,
-            Saved(states, updates, inverses, scores, erasers),
-            cu_doc_lens,
-            scale=scale,
-            normalize_qk=normalize_qk,
-        )
+def _backward(dout: Tensor, dfinal: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    x, saved = RuleInputs.of(args[:5], *args[5 + SAVED :]), Saved(*args[5 : 5 + SAVED])
+    with torch.autocast(x.q.device.type, enabled=False):
+        return form_of(x.q, x.v).backward(dout, dfinal, x, saved)
 
 
 def _backward_fake(dout: Tensor, dfinal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:

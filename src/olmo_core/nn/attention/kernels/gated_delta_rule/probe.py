@@ -16,6 +16,7 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels.apart import apart
 from olmo_core.nn.functional import largest
 
+from .chunks import RuleInputs
 from .torch_backward import chunked_backward
 from .torch_forward import chunked_forward
 
@@ -96,11 +97,11 @@ def _error(
 ) -> float:
     inputs, cu, dout = problem.inputs()
     lengths = cu if documents else None
-    options = {"scale": problem.key_dim**-0.5, "normalize_qk": True}
+    x = RuleInputs.of(inputs, lengths, problem.key_dim**-0.5, True)
     forms: list[tuple[Callable[..., Any], Callable[..., Any]]]
     forms, answers = [(forward, backward), (chunked_forward, chunked_backward)], []
     for run, back in forms:
-        out, state, saved = run(*inputs, None, lengths, **options, save=True)
-        grads = back(dout, None, *inputs, saved, lengths, **options)
+        out, state, saved = run(x, None, save=True)
+        grads = back(dout, None, x, saved)
         answers.append([out, state, *grads[:5]])
     return relative_error(*answers)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunks import ChunkGrid, Decays, Workspace, accumulation_dtype
+from .chunks import ChunkGrid, Decays, RuleInputs, Workspace, accumulation_dtype
 from .torch_forward import (
     Saved,
     load_queries_keys,
@@ -36,26 +36,14 @@ from .torch_forward import (
 
 
 def chunked_backward(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    saved: Saved,
-    cu_doc_lens: Tensor | None,
-    *,
-    scale: float,
-    normalize_qk: bool,
+    dout: Tensor, dfinal: Tensor | None, x: RuleInputs, saved: Saved
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, g, beta and the initial state, each in its input's dtype.
 
     :param dout: (B, T, HV, V), the gradient of the output.
     :param dfinal: (B, HV, K, V), the gradient of the final state; None for zero.
     """
-    problem = Backward.of(q, k, v, g, beta, saved, cu_doc_lens, scale, normalize_qk)
-    return problem.gradients(dout, dfinal)
+    return Backward.of(x, saved).gradients(dout, dfinal)
 
 
 @dataclass(frozen=True)
@@ -76,17 +64,8 @@ class Backward:
     work: Workspace
 
     @staticmethod
-    def of(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        saved: Saved,
-        cu_doc_lens: Tensor | None,
-        scale: float,
-        normalize_qk: bool,
-    ) -> Backward:
+    def of(x: RuleInputs, saved: Saved) -> Backward:
+        q, k, v, g, beta = x.tensors
         grid = ChunkGrid.of(q, v)
         dtype = accumulation_dtype(q.dtype)
         return Backward(
@@ -96,11 +75,11 @@ class Backward:
             v=grid.chunked(grid.pad(v)),
             betas=grid.gates(beta, dtype),
             gate_dtypes=(g.dtype, beta.dtype),
-            decays=Decays.of(grid, g, cu_doc_lens, dtype),
-            factors=query_key_factors(grid, q, k, scale, normalize_qk),
+            decays=Decays.of(grid, g, x.cu_doc_lens, dtype),
+            factors=query_key_factors(grid, q, k, x.scale, x.normalize_qk),
             saved=saved,
-            scale=scale,
-            normalize_qk=normalize_qk,
+            scale=x.scale,
+            normalize_qk=x.normalize_qk,
             work=Workspace(grid, dtype, q.device),
         )
 

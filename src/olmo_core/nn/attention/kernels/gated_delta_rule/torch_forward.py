@@ -26,6 +26,7 @@ from .chunks import (
     QK_NORM_EPS,
     ChunkGrid,
     Decays,
+    RuleInputs,
     Workspace,
     accumulation_dtype,
     invert_unit_lower,
@@ -58,24 +59,13 @@ class Saved:
 
 
 def chunked_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    cu_doc_lens: Tensor | None,
-    *,
-    scale: float,
-    normalize_qk: bool,
-    save: bool,
+    x: RuleInputs, initial_state: Tensor | None, *, save: bool
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """The output (B, T, HV, V), the final state (B, HV, K, V), and with ``save`` the rest.
 
-    The arguments are those of :func:`.op.gated_delta_rule`, already checked; B is 1
-    where ``cu_doc_lens`` is given.
+    :param initial_state: (B, HV, K, V); None for zero.
     """
-    forward = Forward.of(q, k, v, g, beta, cu_doc_lens, scale, normalize_qk, save)
+    forward = Forward.of(x, save)
     state = forward.state(initial_state)
     for block in forward.grid.blocks():
         state = forward.advance(block, forward.prepare(block), state)
@@ -113,17 +103,8 @@ class Forward:
     work: Workspace
 
     @staticmethod
-    def of(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        cu_doc_lens: Tensor | None,
-        scale: float,
-        normalize_qk: bool,
-        save: bool,
-    ) -> Forward:
+    def of(x: RuleInputs, save: bool) -> Forward:
+        q, k, v, g, beta = x.tensors
         grid = ChunkGrid.of(q, v)
         dtype = accumulation_dtype(q.dtype)
         shapes = Saved.shapes(grid)
@@ -133,10 +114,10 @@ class Forward:
             k=grid.chunked(grid.pad(k)),
             v=grid.chunked(grid.pad(v)),
             betas=grid.gates(beta, dtype),
-            decays=Decays.of(grid, g, cu_doc_lens, dtype),
-            factors=query_key_factors(grid, q, k, scale, normalize_qk),
+            decays=Decays.of(grid, g, x.cu_doc_lens, dtype),
+            factors=query_key_factors(grid, q, k, x.scale, x.normalize_qk),
             out=v.new_empty(grid.batch, grid.chunks * grid.chunk, grid.value_heads, grid.value_dim),
-            saved=Saved(*(q.new_empty(x, dtype=dtype) for x in shapes)) if save else None,
+            saved=Saved(*(q.new_empty(s, dtype=dtype) for s in shapes)) if save else None,
             work=Workspace(grid, dtype, q.device),
         )
 

@@ -23,29 +23,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .chunks import RuleInputs
 from .torch_backward import Backward
 from .torch_forward import Forward, Prepared, Saved
 
 
 def chunked_span_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    cu_doc_lens: Tensor | None,
-    incoming: Callable[[Tensor, Tensor], Tensor],
-    last_start: int,
-    *,
-    scale: float,
-    normalize_qk: bool,
-    save: bool,
+    x: RuleInputs, incoming: Callable[[Tensor, Tensor], Tensor], last_start: int, *, save: bool
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """The output (B, T, HV, V), M (B, HV, K, K), and with ``save`` the rest.
 
     The arguments are those of :func:`.span.span_forward`.
     """
-    forward = Forward.of(q, k, v, g, beta, cu_doc_lens, scale, normalize_qk, save)
+    forward = Forward.of(x, save)
     grid, new = forward.grid, forward.betas.new_empty
     first = grid.chunk_of(last_start)
     n = forward.state(None)
@@ -56,7 +46,7 @@ def chunked_span_forward(
         kept.append((block, prepared))
         skipped = max(0, first - block.start)  # nothing of those chunks is in the outgoing state
         _compose(prepared, forward.decays.whole[block], skipped, n, d)
-    if cu_doc_lens is None:
+    if x.cu_doc_lens is None:
         m = d.mT.contiguous()
     else:
         m = torch.zeros_like(d)  # a document that starts here knows no earlier state
@@ -86,23 +76,15 @@ def _compose(prepared: Prepared, whole: Tensor, skipped: int, n: Tensor, d: Tens
 
 def chunked_span_backward(
     dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
+    x: RuleInputs,
     saved: Saved,
-    cu_doc_lens: Tensor | None,
     outgoing: Callable[[Tensor], Tensor],
     first_stop: int,
-    *,
-    scale: float,
-    normalize_qk: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, g and beta, each in its input's dtype.
 
     The arguments are those of :func:`.span.span_backward`.
     """
-    backward = Backward.of(q, k, v, g, beta, saved, cu_doc_lens, scale, normalize_qk)
+    backward = Backward.of(x, saved)
     dfinal = outgoing(backward.initial_gradient(dout, first_stop))
     return backward.gradients(dout, dfinal)[:5]

@@ -25,7 +25,7 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels.launch import launch
 
 from .blocks import scan_blocks
-from .chunks import ChunkGrid
+from .chunks import ChunkGrid, RuleInputs
 from .torch_forward import Saved
 from .triton_shared import (
     BETA,
@@ -308,9 +308,8 @@ def _finish(
 
 
 def launch_backward(
-    grid: ChunkGrid, dout: Tensor, dfinal: Tensor | Callable[[Tensor], Tensor] | None, q: Tensor,
-    k: Tensor, v: Tensor, g: Tensor, beta: Tensor, ids: Tensor | None, saved: Saved, scale: float,
-    normalize_qk: bool, reach: int = 0,
+    grid: ChunkGrid, dout: Tensor, dfinal: Tensor | Callable[[Tensor], Tensor] | None,
+    x: RuleInputs, ids: Tensor | None, saved: Saved, reach: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v, g, beta and the initial state. ``ids`` are the documents (N, C).
 
@@ -318,7 +317,8 @@ def launch_backward(
     without dfinal.
     """
     N, R, C, K, V = grid.chunks, grid.rows, grid.chunk, grid.key_dim, grid.value_dim
-    factors, sizes = compute_factors(grid, q, k, g, beta, ids, scale, normalize_qk)
+    q, k, v, scale = x.q, x.k, x.v, x.scale
+    factors, sizes = compute_factors(grid, x, ids)
     documents = sizes.pop("DOCUMENTS")
     wide = sizes["K_PAD"] > _MOST_KEYS
     scan = scan_blocks(sizes["K_PAD"], q.device)
@@ -344,7 +344,7 @@ def launch_backward(
     dinitial = carry(dfinal, du, dstates, N, spans)
 
     dq, dk, dv, dg, dbeta = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)
+        torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in x.tensors
     )
     direct = grid.group == 1 and not wide
     parts = [dq, dk] if direct else [factors.new_empty(N, R, C, K) for _ in range(2)]
@@ -352,11 +352,11 @@ def launch_backward(
         dout, q, k, v, factors, ids, saved.inverses, saved.states, saved.updates, du, dstates,
         *parts, dv, dg, dbeta, *common, scale, *strides(dout, q, k, v, dq, dv, dg), **sizes,
         V=V, BLOCK_V=NARROWEST, BLOCK_K=min(sizes["K_PAD"], _MOST_KEYS), DOCUMENTS=documents,
-        NORMALIZE=normalize_qk, DIRECT=direct, num_warps=8, num_stages=2,
+        NORMALIZE=x.normalize_qk, DIRECT=direct, num_warps=8, num_stages=2,
     )  # fmt: skip
     if not direct:
         launch(_finish, (N, grid.key_rows))(
             q, k, factors, *parts, dq, dk, *common, scale, *strides(q, k, dq), **sizes,
-            NORMALIZE=normalize_qk, num_warps=scan.warps,
+            NORMALIZE=x.normalize_qk, num_warps=scan.warps,
         )  # fmt: skip
     return dq, dk, dv, dg, dbeta, dinitial

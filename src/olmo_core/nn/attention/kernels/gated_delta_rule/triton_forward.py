@@ -18,7 +18,7 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels.launch import launch
 
 from .blocks import scan_blocks
-from .chunks import ChunkGrid
+from .chunks import ChunkGrid, RuleInputs
 from .torch_forward import Saved
 from .triton_shared import (
     BETA,
@@ -176,16 +176,16 @@ def _scan(
 
 
 def launch_forward(
-    grid: ChunkGrid, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
-    initial_state: Tensor | Callable[..., Tensor] | None, ids: Tensor | None, saved: Saved | None,
-    scale: float, normalize_qk: bool,
+    grid: ChunkGrid, x: RuleInputs, initial_state: Tensor | Callable[..., Tensor] | None,
+    ids: Tensor | None, saved: Saved | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output and the final state; fills ``saved``. ``ids`` are the documents (N, C).
 
     The initial state may be a function of the factors, W and T (beta V).
     """
     N, R, C, K, V = grid.chunks, grid.rows, grid.chunk, grid.key_dim, grid.value_dim
-    factors, sizes = compute_factors(grid, q, k, g, beta, ids, scale, normalize_qk)
+    q, k, v = x.q, x.k, x.v
+    factors, sizes = compute_factors(grid, x, ids)
     documents = sizes.pop("DOCUMENTS")
     scan = scan_blocks(sizes["K_PAD"], q.device)
     blocks = triton.cdiv(V, scan.columns)

@@ -23,7 +23,7 @@ from olmo_core.nn.attention.kernels.triton_driver import (
 )
 
 from .blocks import LEAST_SHARED_KIB
-from .chunks import ChunkGrid
+from .chunks import ChunkGrid, RuleInputs
 from .probe import Problem, try_kernels
 from .torch_forward import Saved
 
@@ -123,136 +123,89 @@ def saved_like(q: Tensor, v: Tensor) -> Saved:
 
 
 def triton_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    cu_doc_lens: Tensor | None,
-    *,
-    scale: float,
-    normalize_qk: bool,
-    save: bool,
+    x: RuleInputs, initial_state: Tensor | None, *, save: bool
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """Like :func:`.torch_forward.chunked_forward`, for what these kernels serve."""
     from .triton_forward import launch_forward
 
-    grid = _grid(q, v)
-    saved = saved_like(q, v) if save else None
-    ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
-    q, k, v = rows(q, k, v)
-    if q.is_cuda:
-        inputs = (q, k, v, g, beta)
-        _compile_ahead(q.device, grid, inputs, initial_state, ids, scale, normalize_qk, save)
-    out, final = launch_forward(
-        grid, q, k, v, g, beta, initial_state, ids, saved, scale, normalize_qk
-    )
+    grid, x, ids = _problem_of(x)
+    saved = saved_like(x.q, x.v) if save else None
+    if x.q.is_cuda:
+        _compile_ahead(x.q.device, grid, x, initial_state, ids, save)
+    out, final = launch_forward(grid, x, initial_state, ids, saved)
     return out, final, saved
 
 
 def triton_backward(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    saved: Saved,
-    cu_doc_lens: Tensor | None,
-    *,
-    scale: float,
-    normalize_qk: bool,
+    dout: Tensor, dfinal: Tensor | None, x: RuleInputs, saved: Saved
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Like :func:`.torch_backward.chunked_backward`, after :func:`triton_forward`."""
     from .triton_backward import launch_backward
 
-    grid = _grid(q, v)
-    ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
-    dout, q, k, v = rows(dout, q, k, v)
-    return launch_backward(grid, dout, dfinal, q, k, v, g, beta, ids, saved, scale, normalize_qk)
+    grid, x, ids = _problem_of(x)
+    (dout,) = rows(dout)
+    return launch_backward(grid, dout, dfinal, x, ids, saved)
 
 
 def triton_span_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    cu_doc_lens: Tensor | None,
-    incoming: Callable[[Tensor, Tensor], Tensor],
-    last_start: int,
-    *,
-    scale: float,
-    normalize_qk: bool,
-    save: bool,
+    x: RuleInputs, incoming: Callable[[Tensor, Tensor], Tensor], last_start: int, *, save: bool
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """Like :func:`.torch_span.chunked_span_forward`, for what these kernels serve."""
     from .triton_forward import launch_forward
     from .triton_span import launch_map
 
-    grid = _grid(q, v)
-    saved = saved_like(q, v) if save else None
-    ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
-    q, k, v = rows(q, k, v)
+    grid, x, ids = _problem_of(x)
+    saved = saved_like(x.q, x.v) if save else None
     maps: list[Tensor] = []
 
     def initial(factors: Tensor, w: Tensor, values: Tensor) -> Tensor:
-        n, m = launch_map(grid, k, factors, w, values, grid.chunk_of(last_start))
+        n, m = launch_map(grid, x.k, factors, w, values, grid.chunk_of(last_start))
         if ids is not None:  # a document that starts here knows no earlier state
             m.zero_()
         maps.append(m)
         return incoming(n, m)
 
-    out, _ = launch_forward(grid, q, k, v, g, beta, initial, ids, saved, scale, normalize_qk)
+    out, _ = launch_forward(grid, x, initial, ids, saved)
     return out, maps[0], saved
 
 
 def triton_span_backward(
     dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
+    x: RuleInputs,
     saved: Saved,
-    cu_doc_lens: Tensor | None,
     outgoing: Callable[[Tensor], Tensor],
     first_stop: int,
-    *,
-    scale: float,
-    normalize_qk: bool,
 ) -> tuple[Tensor, ...]:
     """Like :func:`.torch_span.chunked_span_backward`, after :func:`triton_span_forward`."""
     from .triton_backward import launch_backward
 
-    grid = _grid(q, v)
-    ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
-    dout, q, k, v = rows(dout, q, k, v)
+    grid, x, ids = _problem_of(x)
     reach = grid.chunk_of(first_stop - 1) + 1
-    return launch_backward(
-        grid, dout, outgoing, q, k, v, g, beta, ids, saved, scale, normalize_qk, reach
-    )[:5]
+    (dout,) = rows(dout)
+    return launch_backward(grid, dout, outgoing, x, ids, saved, reach)[:5]
 
 
-def rule_ahead(
-    device: torch.device, inputs: tuple[Tensor, ...], cu_doc_lens: Tensor | None, scale: float,
-    normalize_qk: bool, save: bool,
-) -> None:  # fmt: skip
-    """Start to compile what :func:`triton_forward` of meta tensors like ``inputs`` will launch, and
-    its backward for ``save``; not where a probe decides whether it will."""
-    q, v = inputs[0], inputs[2]
-    if _unfit(q, v) is not None or not _tested(device):
+def _problem_of(x: RuleInputs) -> tuple[ChunkGrid, RuleInputs, Tensor | None]:
+    """The grid, inputs whose strides the kernels take, and each token's document."""
+    grid = _grid(x.q, x.v)
+    ids = None if x.cu_doc_lens is None else grid.document_ids(x.cu_doc_lens)
+    q, k, v = rows(x.q, x.k, x.v)
+    return grid, x._replace(q=q, k=k, v=v), ids
+
+
+def rule_ahead(device: torch.device, x: RuleInputs, save: bool) -> None:
+    """Start to compile what :func:`triton_forward` of meta tensors like ``x`` will launch, and its
+    backward for ``save``; not where a probe decides whether it will."""
+    if _unfit(x.q, x.v) is not None or not _tested(device):
         return
-    grid = _grid(q, v)
-    ids = None if cu_doc_lens is None else grid.document_ids(cu_doc_lens)
-    _compile_ahead(device, grid, inputs, None, ids, scale, normalize_qk, save)
+    grid = _grid(x.q, x.v)
+    ids = None if x.cu_doc_lens is None else grid.document_ids(x.cu_doc_lens)
+    _compile_ahead(device, grid, x, None, ids, save)
 
 
 def _compile_ahead(
-    device: torch.device, grid: ChunkGrid, inputs: tuple[Tensor, ...],
-    initial_state: Tensor | None, ids: Tensor | None, scale: float, normalize_qk: bool, save: bool,
+    device: torch.device, grid: ChunkGrid, x: RuleInputs, initial_state: Tensor | None,
+    ids: Tensor | None, save: bool,
 ) -> None:  # fmt: skip
     """Start to compile the forward kernels, and backward's for ``save``. The class names neither
     the batch, nor the length, nor where documents end."""
@@ -261,18 +214,17 @@ def _compile_ahead(
         from .triton_backward import launch_backward
         from .triton_forward import launch_forward
 
-        *shapes, initial, shaped_ids = shaped_like(*inputs, initial_state, ids)
-        q, _, v, _, _ = shapes
-        saved = saved_like(q, v) if save else None
-        launch_forward(*[grid, *shapes, initial, shaped_ids, saved, scale, normalize_qk])
-        if save:
-            dout = v.new_empty(v.shape)
-            launch_backward(*[grid, dout, None, *shapes, shaped_ids, saved, scale, normalize_qk])
+        *shapes, initial, shaped_ids = shaped_like(*x.tensors, initial_state, ids)
+        shaped = RuleInputs.of(shapes, None, x.scale, x.normalize_qk)
+        saved = saved_like(shaped.q, shaped.v) if save else None
+        launch_forward(grid, shaped, initial, shaped_ids, saved)
+        if saved is not None:
+            dout = shaped.v.new_empty(shaped.v.shape)
+            launch_backward(grid, dout, None, shaped, shaped_ids, saved)
 
-    q, _, _, g, beta = inputs
     sizes = grid.key_heads, grid.group, grid.key_dim, grid.value_dim
-    options = ids is None, initial_state is None, normalize_qk, save
-    key = ("gated_delta_rule", *sizes, q.dtype, g.dtype, beta.dtype, *options)
+    options = ids is None, initial_state is None, x.normalize_qk, save
+    key = ("gated_delta_rule", *sizes, x.q.dtype, x.g.dtype, x.beta.dtype, *options)
     compile_ahead(key, device, call)
 
 

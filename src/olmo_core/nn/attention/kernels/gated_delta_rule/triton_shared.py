@@ -20,7 +20,7 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels.launch import launch
 from olmo_core.nn.attention.kernels.triton_driver import multiprocessors
 
-from .chunks import QK_NORM_EPS, ChunkGrid
+from .chunks import QK_NORM_EPS, ChunkGrid, RuleInputs
 
 __all__ = [
     "BETA", "KEY", "NARROWEST", "QUERY", "READ", "WRITE", "compute_factors", "decay_matrix",
@@ -205,18 +205,18 @@ def strides(*tensors: Tensor) -> list[int]:
 
 
 def compute_factors(
-    grid: ChunkGrid, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, ids: Tensor | None,
-    scale: float, normalize_qk: bool,
-) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    grid: ChunkGrid, x: RuleInputs, ids: Tensor | None
+) -> tuple[Tensor, dict[str, Any]]:
     """The factors (N, R, PLANES, C) float32, and the sizes that all kernels are compiled for."""
     N, R, C = grid.chunks, grid.rows, grid.chunk
+    q, k, _, g, beta = x.tensors
     factors = torch.empty(N, R, _PLANES.value, C, dtype=torch.float32, device=q.device)
     sizes = {
         "HEADS": grid.value_heads, "GROUP": grid.group, "C": C, "K": grid.key_dim,
         "K_PAD": pad(grid.key_dim), "DOCUMENTS": ids is not None,
     }  # fmt: skip
     launch(_factors, (N, R))(
-        q, k, g, beta, ids, factors, grid.padding, R, scale, QK_NORM_EPS,
-        *strides(q, k, g, beta), **sizes, NORMALIZE=normalize_qk, num_warps=4,
+        q, k, g, beta, ids, factors, grid.padding, R, x.scale, QK_NORM_EPS,
+        *strides(q, k, g, beta), **sizes, NORMALIZE=x.normalize_qk, num_warps=4,
     )  # fmt: skip
     return factors, sizes
