@@ -57,11 +57,8 @@ class Environment:
         """This machine; for ``device``, or for its GPU if it has one."""
         has_cuda = torch.cuda.is_available()
         device = torch.device(device or ("cuda" if has_cuda else "cpu"))
-        capability = (
-            torch.cuda.get_device_capability(device if device.type == "cuda" else None)
-            if has_cuda
-            else None
-        )
+        gpu = device if device.type == "cuda" else None
+        capability = torch.cuda.get_device_capability(gpu) if has_cuda else None
         packages = {p for c in CAPABILITIES.values() for p in c.packages}
         return cls(device.type, capability, frozenset(filter(_can_be_found, packages)))
 

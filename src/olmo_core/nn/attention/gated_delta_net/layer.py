@@ -19,7 +19,8 @@ from olmo_core.nn.attention.gated_delta_net.ahead import compile_layer_ahead, fi
 from olmo_core.nn.attention.gated_delta_net.cache import RecurrentCache
 from olmo_core.nn.attention.gated_delta_net.shard import check_value_heads, mix_shard
 from olmo_core.nn.attention.gated_delta_net.sizes import GatedDeltaNetSizes
-from olmo_core.nn.attention.gated_delta_net.step import advance, advance_token
+from olmo_core.nn.attention.gated_delta_net.step import advance
+from olmo_core.nn.attention.gated_delta_net.token import advance_token
 from olmo_core.nn.attention.inputs import check_names, read_call
 from olmo_core.nn.attention.kernels.gated_delta_rule.rules import Rule, choose_rule
 from olmo_core.nn.attention.kernels.gates import decay_gates, gated_rms_norm
