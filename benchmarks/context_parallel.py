@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 -m benchmarks.context_parallel [checks] [times] [trace] [train]
 
-Any number of ranks; over NCCL where each has a GPU, over gloo elsewhere. Without torchrun it starts
+Two ranks or more; over NCCL where each has a GPU, over gloo elsewhere. Without torchrun it starts
 a rank for each GPU.
 
 *checks*: every layer of ``verify`` on every style of sharding, with and without documents and
@@ -34,7 +34,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,7 +58,9 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="checks whose name contains it")
     parser.add_argument("--mixer", action="append", default=[], help="of verify's; several times")
     parser.add_argument("--no-launches", action="store_true", help="no checks by jobs of their own")
-    parser.add_argument("--patience", type=float, default=120.0, help="seconds to wait for a rank")
+    parser.add_argument(
+        "--patience", type=_seconds, default=120.0, help="seconds to wait for a rank, 1 to 86400"
+    )
     options = parser.parse_args(arguments)
     if unknown := sorted({*options.parts} - {*PARTS}):
         parser.error(f"no such part: {', '.join(unknown)}. Choose from {', '.join(PARTS)}.")
@@ -66,7 +70,30 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
             options.mixer = [name for name in mixer_names(options.mixer) if name != KERNEL]
         except OLMoConfigurationError as error:
             parser.error(str(error))
+        if not options.mixer:  # none would stand for all
+            parser.error(f"{KERNEL} is no layer, and what ranks share is one. Name a layer.")
     return options
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 1 <= seconds <= 86400:  # NaN neither
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 86400 seconds")
+    return seconds
+
+
+def refuse_launch() -> None:
+    """Exit with a message if these ranks can't do it, before they wait for each other."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        sys.exit("needs two ranks or more: one shares nothing, and any check of it would pass.")
+    if os.environ["RANK"] == "0" and "OUT" in os.environ:
+        folder = Path(os.environ["OUT"])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            sys.exit(f"OUT={folder} can't be written: {error.strerror}.")
 
 
 def become_torchrun(arguments: Sequence[str]) -> None:
@@ -89,6 +116,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parsed(arguments)
     if "RANK" not in os.environ:
         become_torchrun(arguments)
+    refuse_launch()
     # cuBLAS is deterministic only if it is told before its first call.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -126,7 +154,11 @@ def checked(job: Job, options: argparse.Namespace) -> bool:
         yield from composed.checks(job, launches=not options.no_launches)
         yield from slow
 
-    return run_checks(job, [check for check in every() if options.only in check.name])
+    chosen = [check for check in every() if options.only in check.name]
+    if not chosen:
+        job.say(f"no check's name contains {options.only!r}.")
+        return False
+    return run_checks(job, chosen)
 
 
 if __name__ == "__main__":

@@ -52,17 +52,20 @@ def test_rank_helpers_without_a_process_group() -> None:
 
 def test_rank_helpers_with_a_process_group(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         assert is_distributed()
         assert (get_rank(), get_world_size()) == (0, 1)
         x = torch.arange(6.0)
-        sharded = distribute_tensor(x, init_device_mesh("cpu", (1,)), [Shard(0)])
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(x, mesh, [Shard(0)])
         full = get_full_tensor(sharded)
         assert type(full) is torch.Tensor
         assert torch.equal(full, x)
+        without_data = DTensor.from_local(x.to("meta"), mesh, [Shard(0)], run_check=False)
+        assert get_full_tensor(without_data).is_meta
     finally:
         dist.destroy_process_group()
 

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.context_parallel import parsed
+from benchmarks.context_parallel import checked, main, parsed
+from benchmarks.sharded import answers, composed, costs, refusals
 from benchmarks.sharded.answers import expect_same_messages
 from benchmarks.sharded.problems import Mask, log_normal, padded
 from benchmarks.sharded.trace import Interval, hidden
@@ -90,6 +92,42 @@ def test_what_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed(["--mixer", "gqq"])
     assert "There is no mixer 'gqq'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parsed(["--mixer", "kernel"])  # once all layers
+    assert "kernel is no layer" in capsys.readouterr().err
+    assert parsed(["--mixer", "kernel", "--mixer", "gqa"]).mixer == ["gqa"]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "0.5", "1e9"])
+def test_patience_is_a_time(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed([f"--patience={text}"])
+    assert f"{text} is not from 1 to 86400 seconds" in capsys.readouterr().err
+    assert parsed(["--patience=1"]).patience == 1
+
+
+def test_what_ranks_cannot_do_is_known_before_they_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SystemExit, match="needs two ranks or more"):
+        main(["checks", "--tiny"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("OUT", str(tmp_path / "file" / "out"))
+    with pytest.raises(SystemExit, match=r"OUT=\S*out can't be written: Not a directory\."):
+        main(["checks", "--tiny"])
+
+
+def test_checks_that_nothing_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(answers, "checks", lambda *_: ([], []))
+    for module in (composed, costs, refusals):
+        monkeypatch.setattr(module, "checks", lambda *_, **__: [])
+    assert not checked(SimpleNamespace(say=print), parsed(["--only", "zzz"]))  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "no check's name contains 'zzz'.\n"
 
 
 @pytest.mark.slow

@@ -47,7 +47,8 @@ def get_full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     sharded: Any = tensor
     if getattr(sharded, "full_tensor", None) is None:
         return tensor
-    if sharded.device.type != "cpu" and goes_over_gloo(sharded.device_mesh):
+    in_memory_of_a_gpu = sharded.device.type not in ("cpu", "meta")
+    if in_memory_of_a_gpu and goes_over_gloo(sharded.device_mesh):
         # With a GPU's memory gloo's gathering of DTensors ends the process.
         whole: torch.Tensor = sharded.cpu().full_tensor()
         return whole.to(sharded.device)

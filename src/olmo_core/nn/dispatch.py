@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = [
+    "autocast_dtype",
     "cast_for_autocast",
     "draws_of_stream",
     "is_heard",
@@ -197,12 +198,20 @@ def refuse_second_derivative(name: str, instead: str) -> Callable[..., Any]:
     return refuse
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of tensors on a device like ``x``'s, None where it is off. A meta tensor
+    has no autocast, and torch raises if it is asked."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in autocast's dtype where it is on, as torch casts for its own ops: never float64."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 

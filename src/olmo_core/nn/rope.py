@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from olmo_core.config import Config, StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
@@ -142,11 +143,12 @@ class RotaryEmbeddingBase(nn.Module):
         self._head_size, self._rotary_dim, self._theta = head_size, rotary_dim, float(theta)
         self._scaling = copy.deepcopy(scaling)
         self.full_precision = full_precision
-        inv_freqs, factor = inverse_frequencies(self._theta, rotary_dim), 1.0
-        if scaling is not None:
-            inv_freqs = scaling.compute_inv_freqs(self._theta, rotary_dim)
-            factor = scaling.rescale_factor
-        self._table = RoPETable(inv_freqs, factor, cache)
+        with _disable_current_modes():  # a fake mode's tensors have no numbers to read
+            inv_freqs, factor = inverse_frequencies(self._theta, rotary_dim), 1.0
+            if scaling is not None:
+                inv_freqs = scaling.compute_inv_freqs(self._theta, rotary_dim)
+                factor = scaling.rescale_factor
+            self._table = RoPETable(inv_freqs, factor, cache)
 
     @property
     def head_size(self) -> int:

@@ -21,6 +21,7 @@ from olmo_core.nn.attention.parallel.documents import (
 )
 from olmo_core.nn.attention.parallel.positions import shard_positions
 from olmo_core.nn.attention.segments import Segments
+from olmo_core.nn.dispatch import autocast_dtype
 from olmo_core.nn.lengths import (
     can_be_read,
     check_cu_doc_lens,
@@ -236,7 +237,7 @@ def check_hidden_states(x: Tensor, d_model: int, weight: Tensor) -> None:
         raise ValueError(f"The input has no tokens: shape {tuple(x.shape)}.")
     if x.device != weight.device:
         raise ValueError(f"The input is on {x.device} and the layer on {weight.device}.")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise TypeError(
             f"The input is {x.dtype} and the layer {weight.dtype}. Cast one of them, or use "
             "torch.autocast."

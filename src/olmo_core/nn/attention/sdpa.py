@@ -36,6 +36,7 @@ from olmo_core.nn.attention.parallel.schedule import attend_sharded, refuse_drop
 from olmo_core.nn.attention.parallel.ulysses import check_heads
 from olmo_core.nn.attention.segments import Segments
 from olmo_core.nn.attention.selection import kernel_for, refusal
+from olmo_core.nn.dispatch import autocast_dtype
 from olmo_core.utils import compile_time_constant
 
 if TYPE_CHECKING:
@@ -275,8 +276,8 @@ class ScaledDotProductAttention(SharesSequences):
     def _kernel(self, q: Tensor, wants_gradient: bool, *features: Feature) -> str:
         """The kernel for a call that asks for ``features``."""
         dtype = q.dtype
-        if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(q.device.type)
+        if (autocast := autocast_dtype(q)) is not None and dtype != torch.float64:
+            dtype = autocast
         if self._window >= 0:
             features = (*features, Feature.window)
         if wants_gradient:
@@ -365,8 +366,8 @@ class ScaledDotProductAttention(SharesSequences):
             features = (Feature.documents, Feature.kv_cache, Feature.left_padding)
             kernel = self._kernel(q.to(cache.dtype), False, *features[: 2 + padded])
             out = extend(q, k, v, cache, scale=scale, window=window, kernel=kernel, leftpad=leftpad)
-        if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-            return out.to(torch.get_autocast_dtype(q.device.type))
+        if (autocast := autocast_dtype(q)) is not None and q.dtype != torch.float64:
+            return out.to(autocast)
         return out.to(q.dtype)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
 from olmo_core.nn.attention.kernels.decode import decode_kernel
+from olmo_core.nn.dispatch import autocast_dtype
 
 
 def decode_step(
@@ -47,7 +48,7 @@ def decode_step(
         cache.cache_leftpad if leftpad is None else leftpad, padded=padded,
         scale=scale, window=-1 if is_ring else window, is_ring=is_ring,
     )  # fmt: skip
-    if torch.is_autocast_enabled(device):
+    if autocast_dtype(q) is not None:
         with torch.autocast(device, enabled=False):
             out = step()
     else:
