@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from benchmarks.sharded.job import Job
-from olmo_core.train.parallel.many import lost_another
+from olmo_core.distributed.launched import lost_another
 
 __all__ = ["Check", "Skipped", "expect_none", "run_checks"]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gloo_ranks import RankError, errors_on_ranks, on_ranks
-from olmo_core.diagnostics.ranks import Failure, Ranks
+from gloo_ranks import RankError, errors_on_ranks, on_ranks, pool
+from olmo_core.diagnostics.ranks import Failure, Ranks, first_failure
 
 pytestmark = pytest.mark.distributed
 
@@ -44,9 +44,28 @@ def sleeps(rank: int, n: int) -> None:
     time.sleep(60 * rank)
 
 
-def dies(rank: int, n: int) -> None:
+def dies_beside_one_that_waits(rank: int, n: int) -> None:
     if rank == 1:
         os._exit(3)
+    time.sleep(60)
+
+
+def waits_for_one_that_raises(rank: int, n: int) -> None:
+    if rank == 1:
+        raise KeyError("here")
+    raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+
+
+def test_the_cause_is_told_before_its_consequences() -> None:
+    late = Failure("no answer in 5 s", follows=True)
+    died = Failure("died: SIGSEGV.")
+    assert first_failure([late, 0, died, Failure("ValueError: here")]) == (2, died)
+    assert first_failure([late, late]) == (0, late)
+    assert first_failure([0, None]) is None
+    answers = pool(2).run(waits_for_one_that_raises)
+    assert answers[0].follows and not answers[1].follows
+    failed = first_failure(answers)
+    assert failed is not None and (failed[0], failed[1].message) == (1, "KeyError: 'here'")
 
 
 @pytest.mark.slow
@@ -58,7 +77,9 @@ def test_lost_ranks_end_and_are_replaced() -> None:
     folder = Path(ranks._folder)
     assert folder.exists()
     died = "died: exit code 3. What it printed last is above."
-    assert ranks.run(dies)[1] == Failure(died)
+    first, second = ranks.run(dies_beside_one_that_waits)
+    assert first.follows and second == Failure(died)
+    assert first.message == "ended, because rank 1 died"
     assert not ranks.alive and not folder.exists()
     after = [pid for pid, _ in on_ranks(2, total, 1)]
     assert not set(before) & set(after)

@@ -25,8 +25,8 @@ def joined(**degrees: Any) -> Iterator[Ranks]:
     :param degrees: how they share a run, see :func:`.deal`.
     :raises OLMoConfigurationError: if that can't be.
     """
-    from olmo_core.distributed.launched import number_started
-    from olmo_core.train.parallel.many import join, lost_another
+    from olmo_core.distributed.launched import lost_another, number_started
+    from olmo_core.train.parallel.many import join
     from olmo_core.train.parallel.ranks import Ranks
 
     if number_started() == 1:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +26,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Failure", "Ranks", "end_of", "without_interrupts"]
+__all__ = ["Failure", "Ranks", "end_of", "failure_of", "first_failure", "without_interrupts"]
 
 # A fork would inherit torch's threads and locks.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -40,6 +40,15 @@ class Failure:
     """What it raised, ``"ValueError: message"``; or how it was lost."""
     traceback: str = ""
     """Empty if the rank was lost."""
+    follows: bool = False
+    """Whether it tells no more than that another rank was lost, or is late."""
+
+
+def first_failure(answers: Sequence[Any]) -> tuple[int, Failure] | None:
+    """The rank and the failure that tells most of what went wrong, if any: no other one's
+    consequence, where there is one."""
+    failures = [(rank, a) for rank, a in enumerate(answers) if isinstance(a, Failure)]
+    return min(failures, key=lambda each: each[1].follows, default=None)
 
 
 class Ranks:
@@ -90,19 +99,20 @@ class Ranks:
         while len(answers) < len(self._pipes):
             waiting = {p: rank for rank, p in enumerate(self._pipes) if rank not in answers}
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            why = "" if ready else f"no answer in {timeout:g} s"
             for pipe, rank in waiting.items():
                 if pipe not in ready:
                     continue
                 try:
                     answers[rank] = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     how = end_of(self._processes[rank])
-                    self.end()
                     answers[rank] = Failure(f"died: {how}. What it printed last is above.")
-            if not ready:
+                    why = f"ended, because rank {rank} died"
+            if why:
                 self.end()
-                lost = Failure(f"no answer in {timeout:g} s")
-                answers |= dict.fromkeys(waiting.values(), lost)
+                late = {rank for rank in waiting.values() if rank not in answers}
+                answers |= dict.fromkeys(late, Failure(why, follows=True))
         return [answers[rank] for rank in range(len(self._pipes))]
 
     def end(self) -> None:
@@ -113,6 +123,14 @@ class Ranks:
             process.join()
         shutil.rmtree(self._folder, ignore_errors=True)
         atexit.unregister(self.end)
+
+
+def failure_of(error: Exception) -> Failure:
+    """What a rank says of the exception that it handles."""
+    from olmo_core.distributed.launched import lost_another
+
+    message = f"{type(error).__name__}: {error}"
+    return Failure(message, traceback.format_exc(), lost_another(error))
 
 
 def end_of(process: BaseProcess) -> str:
@@ -155,7 +173,7 @@ def _serve(pipe: Connection, rank: int, n: int, store: str, patience: float) -> 
             torch.manual_seed(0)
             answer = getattr(_module(module, file), name)(rank, n, *args)
         except Exception as error:
-            answer = Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+            answer = failure_of(error)
         pipe.send(answer)
 
 

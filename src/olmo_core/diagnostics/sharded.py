@@ -16,7 +16,7 @@ from torch import Tensor
 
 from olmo_core.diagnostics.machine import probe_head_dim
 from olmo_core.diagnostics.mixers import MIXERS
-from olmo_core.diagnostics.ranks import Failure, Ranks
+from olmo_core.diagnostics.ranks import Ranks, first_failure
 from olmo_core.diagnostics.subject import BATCH, TOKENS, Answer, Subject
 from olmo_core.diagnostics.torchrun import StartedRanks
 from olmo_core.distributed.utils import get_full_tensor
@@ -70,9 +70,9 @@ def sharded_answer(
         _STARTED[ranks] = Ranks(ranks, patience=_PATIENCE)
     arguments = (mixer, backend, dtype, str(device), style, problem)
     answers = _STARTED[ranks].run(_on_a_rank, *arguments, timeout=_PATIENCE)
-    for rank, answer in enumerate(answers):
-        if isinstance(answer, Failure):
-            raise RuntimeError(f"rank {rank} of {ranks}: {answer.message}")
+    if (failed := first_failure(answers)) is not None:
+        rank, failure = failed
+        raise RuntimeError(f"rank {rank} of {ranks}: {failure.message}")
     answered: Any = answers[0]  # of all ranks together
     return answered
 

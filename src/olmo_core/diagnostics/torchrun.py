@@ -7,7 +7,6 @@ it has no more questions.
 from __future__ import annotations
 
 import importlib
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from olmo_core.diagnostics.ranks import Failure
+from olmo_core.diagnostics.ranks import Failure, failure_of
 from olmo_core.distributed.launched import join_started
 
 __all__ = ["StartedRanks", "started_ranks"]
@@ -87,7 +86,7 @@ class StartedRanks:
             torch.manual_seed(0)
             answer = getattr(importlib.import_module(module), name)(rank, n, *args)
         except Exception as error:
-            answer = Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+            answer = failure_of(error)
         answers: list[Any] = [None] * n
         dist.all_gather_object(answers, answer, group=self._questions)
         return answers

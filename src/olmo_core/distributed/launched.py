@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-__all__ = ["join_started", "number_started"]
+__all__ = ["join_started", "lost_another", "number_started"]
 
 _SET = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -32,3 +32,13 @@ def join_started(patience: timedelta, *, on_gpus: bool) -> None:
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= devices:
             backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=patience)
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether a message failed because its partner has gone, or does not answer."""
+    if not isinstance(error, RuntimeError):
+        return False
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+        return True
+    # What gloo raises is a RuntimeError that names its source file.
+    return "gloo/transport" in str(error) or "Connection closed by peer" in str(error)

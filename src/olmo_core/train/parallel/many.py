@@ -30,7 +30,7 @@ from olmo_core.train.parallel.ranks import Ranks, Tokens
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["ManyRanks", "join", "lost_another"]
+__all__ = ["ManyRanks", "join"]
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)
@@ -41,16 +41,6 @@ def join() -> ManyRanks:
     """Join the other processes that ``torchrun`` has started."""
     join_started(PATIENCE, on_gpus=torch.cuda.is_available())
     return ManyRanks()
-
-
-def lost_another(error: Exception) -> bool:
-    """Whether a message failed because its partner has gone, or does not answer."""
-    if not isinstance(error, RuntimeError):
-        return False
-    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
-        return True
-    # What gloo raises is a RuntimeError that names its source file.
-    return "gloo/transport" in str(error) or "Connection closed by peer" in str(error)
 
 
 class ManyRanks(Ranks):
