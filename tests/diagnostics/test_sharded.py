@@ -28,5 +28,5 @@ def test_who_raised_is_told_and_not_who_waited_for_it(monkeypatch: pytest.Monkey
     ranks = Answered(late, Failure("ValueError: here", "..."))
     monkeypatch.setitem(sharded._STARTED, 2, ranks)  # type: ignore[arg-type]
     question = ("gqa", "torch", torch.float32, torch.device("cpu"), "zig_zag", "whole")
-    with pytest.raises(RuntimeError, match="^rank 1 of 2: ValueError: here$"):
+    with pytest.raises(RuntimeError, match=r"^rank 1 of 2: ValueError: here$"):
         sharded.sharded_answer(*question, ranks=2)
