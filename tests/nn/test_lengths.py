@@ -322,3 +322,11 @@ def test_bad_lengths(lengths: Any, longest: Any, error: type[Exception], match: 
 def test_bad_left_padding(leftpad: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         check_leftpad(leftpad, 2, 10)
+
+
+def test_lengths_of_a_vmap_are_refused() -> None:
+    ends, leftpad = torch.stack([cu(0, 4), cu(0, 4)]), torch.stack([cu(1, 2), cu(0, 0)])
+    with pytest.raises(ValueError, match="cu_doc_lens differs between the rows"):
+        torch.vmap(lambda x: check_cu_doc_lens(x, 4, None))(ends)
+    with pytest.raises(ValueError, match="cache_leftpad differs between"):
+        torch.vmap(lambda x: check_leftpad(x, 2, 4))(leftpad)

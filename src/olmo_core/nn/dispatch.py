@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "refuse_second_derivative",
     "register_differentiable",
     "register_inference",
+    "without_autocast",
 ]
 
 
@@ -205,6 +206,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Where torch's ops compute in the dtypes of their inputs, on ``x``'s device."""
+    if autocast_dtype(x) is None:
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

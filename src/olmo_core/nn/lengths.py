@@ -24,6 +24,11 @@ _READ: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """On a GPU, the bounds within which the host has found a tensor's values, for an error that a
 person can use. The device asserts them at every use, so an answer that is old does no harm."""
 
+_DIFFERS = (
+    " differs between the rows of a torch.vmap, where the host can't check it. Share it "
+    "(in_dims=None), or call the layer for each row."
+)
+
 
 def host_lengths(cu: Tensor) -> list[int]:
     """The values of a lengths tensor. On a GPU this waits for the device."""
@@ -68,6 +73,8 @@ def check_cu_doc_lens(
         )
     readable, waits, bounds = can_be_read(cu), _waits(cu), (total, max_doc_len)
     if readable and not (waits and bounds in _READ.get(cu, ())):
+        if torch._C._functorch.is_batchedtensor(cu):
+            raise ValueError(name + _DIFFERS)
         _check_values(host_lengths(cu), total, max_doc_len, name)
         if waits:
             _READ.setdefault(cu, set()).add(bounds)
@@ -117,6 +124,8 @@ def check_leftpad(leftpad: Tensor, batch: int, longest: int) -> None:
         raise ValueError(f"cache_leftpad must have shape ({batch},), got {tuple(leftpad.shape)}.")
     readable, waits = can_be_read(leftpad), _waits(leftpad)
     if readable and not (waits and (longest,) in _READ.get(leftpad, ())):
+        if torch._C._functorch.is_batchedtensor(leftpad):
+            raise ValueError("cache_leftpad" + _DIFFERS)
         values = host_lengths(leftpad)
         if not all(0 <= n <= longest for n in values):
             raise ValueError(f"cache_leftpad must be in [0, {longest}], got {_short(values)}.")

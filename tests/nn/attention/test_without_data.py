@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,6 +33,16 @@ def forward_backward(name: str, device: str, ends: list[int] | None) -> list[Ten
 @pytest.mark.parametrize("name", MIXERS)
 def test_meta_tensors(name: str, ends: list[int] | None) -> None:
     assert all(y.is_meta for y in forward_backward(name, "meta", ends))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gqa", "window", "gdn"])
+def test_a_cache_of_meta_tensors(name: str) -> None:
+    layer: Any = MIXERS[name].build(HEAD_DIM, torch.float32, torch.device("meta"), "torch").eval()
+    layer.init_kv_cache_manager(BATCH, 16)
+    for tokens in (4, 1, 2):
+        x = torch.empty(BATCH, tokens, 4 * HEAD_DIM, device="meta")
+        assert (y := layer(x)).is_meta and y.shape == x.shape
 
 
 @pytest.mark.parametrize("name", ["gqa", "ngpt", "fused", "gdn"])

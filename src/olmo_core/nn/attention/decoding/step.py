@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.attend import attend
 from olmo_core.nn.attention.decoding.kv_cache import KVCacheManager
 from olmo_core.nn.attention.kernels.decode import decode_kernel
-from olmo_core.nn.dispatch import autocast_dtype
+from olmo_core.nn.dispatch import without_autocast
 
 
 def decode_step(
@@ -42,16 +41,13 @@ def decode_step(
     dtype = k_cache.dtype
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     padded = leftpad is not None or cache.has_leftpad
-    is_ring, device = cache.is_ring, q.device.type
+    is_ring = cache.is_ring
     step = partial(
         decode_kernel(q, k_cache).decode, q, k, v, k_cache, v_cache, cache.cache_seqlens,
         cache.cache_leftpad if leftpad is None else leftpad, padded=padded,
         scale=scale, window=-1 if is_ring else window, is_ring=is_ring,
     )  # fmt: skip
-    if autocast_dtype(q) is not None:
-        with torch.autocast(device, enabled=False):
-            out = step()
-    else:
+    with without_autocast(q):
         out = step()
     cache.update_seqlen(1, leftpad)
     return out

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmo_core.nn.attention.decoding.cache import DecodingCache
+from olmo_core.nn.dispatch import without_autocast
 
 _RECENT = ("recent_keys", "recent_updates", "recent_log_decays")
 
@@ -132,6 +133,6 @@ def replay(state: Tensor, keys: Tensor, updates: Tensor, log_decays: Tensor) -> 
     later = F.pad(log_decays, (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
     decay, whole = later[:, 1:].exp(), later[:, 0].exp()
     keys = keys.repeat_interleave(updates.shape[2] // keys.shape[2], dim=2) * decay.unsqueeze(-1)
-    with torch.autocast(state.device.type, enabled=False):
+    with without_autocast(state):
         written = torch.einsum("bthk,bthv->bhkv", keys, updates)
     return torch.addcmul(written, state, whole[..., None, None])

@@ -10,7 +10,7 @@ from torch import Tensor
 from olmo_core.nn.attention.kernels.rows import rows
 from olmo_core.nn.attention.kernels.table import Choice, Row, choose
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
-from olmo_core.nn.dispatch import on_its_device
+from olmo_core.nn.dispatch import on_its_device, without_autocast
 
 from .chunks import QK_NORM_EPS
 
@@ -96,7 +96,7 @@ def _torch_step(
         qk = normalize(qk)
     qk = qk.unsqueeze(2).expand(-1, -1, value_heads // key_heads, -1, -1).flatten(1, 2)
     decay = g.to(dtype).exp().view(batch, value_heads, 1, 1)
-    with torch.autocast(state.device.type, enabled=False):
+    with without_autocast(state):
         read = (qk @ state) * decay  # (B, HV, 2, V): both reads of the decayed state in one pass
     update = beta.to(dtype).unsqueeze(-1) * (v.to(dtype) - read[:, :, 1])
     # q reads the new state: the decayed one plus outer(k, update).
