@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from gloo_ranks import RankError, errors_on_ranks, on_ranks, pool
 from olmo_core.diagnostics.ranks import Failure, Ranks, first_failure
+from olmo_core.distributed.launched import lost_another
 
 pytestmark = pytest.mark.distributed
 
@@ -50,6 +51,18 @@ def dies_beside_one_that_waits(rank: int, n: int) -> None:
     time.sleep(60)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1000ms for recv",
+        "Application timeout caused pair closure",  # of a later message on the same pair
+    ],
+)
+def test_what_gloo_says_of_a_rank_that_is_gone(text: str) -> None:
+    assert lost_another(RuntimeError(text)) and not lost_another(ValueError(text))
+    assert not lost_another(RuntimeError("CUDA error"))
+
+
 def waits_for_one_that_raises(rank: int, n: int) -> None:
     if rank == 1:
         raise KeyError("here")
@@ -60,6 +73,7 @@ def test_the_cause_is_told_before_its_consequences() -> None:
     late = Failure("no answer in 5 s", follows=True)
     died = Failure("died: SIGSEGV.")
     assert first_failure([late, 0, died, Failure("ValueError: here")]) == (2, died)
+    assert first_failure([Failure("ValueError: here", "..."), died]) == (1, died)
     assert first_failure([late, late]) == (0, late)
     assert first_failure([0, None]) is None
     answers = pool(2).run(waits_for_one_that_raises)

@@ -45,10 +45,10 @@ class Failure:
 
 
 def first_failure(answers: Sequence[Any]) -> tuple[int, Failure] | None:
-    """The rank and the failure that tells most of what went wrong, if any: no other one's
-    consequence, where there is one."""
+    """The rank and the failure that tells most of what went wrong, if any: a death, else an error,
+    else a consequence of another rank's."""
     failures = [(rank, a) for rank, a in enumerate(answers) if isinstance(a, Failure)]
-    return min(failures, key=lambda each: each[1].follows, default=None)
+    return min(failures, key=lambda each: (each[1].follows, each[1].traceback != ""), default=None)
 
 
 class Ranks:

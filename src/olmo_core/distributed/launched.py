@@ -40,5 +40,10 @@ def lost_another(error: Exception) -> bool:
         return False
     if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
         return True
-    # What gloo raises is a RuntimeError that names its source file.
-    return "gloo/transport" in str(error) or "Connection closed by peer" in str(error)
+    # What gloo raises is a RuntimeError that names its source file; and after a timeout, the last.
+    signs = (
+        "gloo/transport",
+        "Connection closed by peer",
+        "Application timeout caused pair closure",
+    )
+    return any(sign in str(error) for sign in signs)
