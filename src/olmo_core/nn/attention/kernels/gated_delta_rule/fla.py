@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .library_documents import library_documents
 from .op import gated_delta_rule
 from .probe import BOUND, Problem, relative_error
 
@@ -41,13 +42,9 @@ def fla_gated_delta_rule(
     shape = v.shape
     lengths: dict[str, Any] = {}
     if cu_doc_lens is not None:
-        q, k, v, g, beta = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta))
-        ends = torch.unique_consecutive(cu_doc_lens)  # fla knows no empty documents
-        lengths["cu_seqlens"] = ends.long()
-        if initial_state is not None:
-            first = initial_state if bool(cu_doc_lens[1]) else torch.zeros_like(initial_state)
-            rest = initial_state.new_zeros((ends.shape[0] - 2, *initial_state.shape[1:]))
-            initial_state = torch.cat((first, rest))
+        (q, k, v, g, beta), initial_state, lengths["cu_seqlens"] = library_documents(
+            (q, k, v, g, beta), initial_state, cu_doc_lens
+        )
     out, states = chunk_gated_delta_rule(
         q.contiguous(),
         k.contiguous(),

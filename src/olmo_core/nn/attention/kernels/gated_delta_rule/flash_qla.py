@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from olmo_core.nn.attention.kernels.apart import apart, on_device
-from olmo_core.nn.dispatch import cast_for_autocast, is_observed
+from olmo_core.nn.dispatch import autocast_dtype, cast_for_autocast, is_observed
 from olmo_core.nn.functional import largest
 from olmo_core.nn.lengths import check_cu_doc_lens
 
 from .flash_qla_machine import machine_refusal
 from .flash_qla_times import worth_it
+from .library_documents import library_documents
 from .op import check_inputs, gated_delta_rule
 from .probe import BOUND, Problem, relative_error
 
@@ -54,13 +55,8 @@ def flash_qla_gated_delta_rule(
     if cu_doc_lens is not None:
         if not checked:
             check_cu_doc_lens(cu_doc_lens, q.shape[0] * q.shape[1], None)
-        q, k, v, g, beta = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta))
-        # It knows no empty documents. It keeps what it derives from lengths by the tensor's
-        # identity, so each call gives it a tensor of its own.
-        ends = torch.unique_consecutive(cu_doc_lens).long()
-        if state is not None:  # the first document's, which may be empty
-            first = torch.where(cu_doc_lens[1] > 0, state, 0)
-            state = torch.cat((first, first.new_zeros(ends.shape[0] - 2, *state.shape[1:])))
+        # It keeps what it derives from lengths by the tensor's identity: these are of this call.
+        (q, k, v, g, beta), state, ends = library_documents((q, k, v, g, beta), state, cu_doc_lens)
     parts = shape[3] // _DIM
     if parts > 1:
         v = v.unflatten(3, (parts, _DIM)).flatten(2, 3)
@@ -134,9 +130,8 @@ def flash_qla_refusal(q: Tensor, v: Tensor) -> str | None:
         return "a mode or transform must see the rule as one op"
     if (reason := _shape_refusal(q, v)) is not None:
         return reason
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != q.dtype:
-        return f"autocast makes {torch.get_autocast_dtype(kind)} of inputs of {q.dtype}"
+    if (dtype := autocast_dtype(q)) not in (None, q.dtype):
+        return f"autocast makes {dtype} of inputs of {q.dtype}"
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad)
     if (reason := worth_it(q, v, needs_grad)) is not None:
         return reason
