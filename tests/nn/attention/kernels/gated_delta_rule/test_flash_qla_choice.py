@@ -63,7 +63,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(flash_qla, "_probe", probe)
     monkeypatch.setattr(flash_qla_times, "MEASURED", times)
-    monkeypatch.setattr(flash_qla_machine, "_package_refusal", lambda: facts.get("package"))
+    monkeypatch.setattr(flash_qla_machine, "_package_refusal", lambda _: facts.get("package"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: facts["capability"])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: facts["capturing"])
     return facts

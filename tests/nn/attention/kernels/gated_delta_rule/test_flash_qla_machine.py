@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from olmo_core.nn.attention.kernels.gated_delta_rule import flash_qla_machine as machine
 
@@ -27,7 +28,10 @@ def test_a_machine_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.setenv(name, "/nowhere")
-    ask = machine._package_refusal.__wrapped__
+
+    def ask() -> Any:
+        return machine._package_refusal.__wrapped__(())
+
     monkeypatch.delitem(sys.modules, "flash_qla", raising=False)
     assert ask() is None
     for missing in sorted(here):
@@ -51,3 +55,21 @@ def test_nvcc_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> N
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").touch()
     assert machine._has_nvcc()
+
+
+def test_an_answer_names_where_nvcc_was_looked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    monkeypatch.setattr(machine, "find_spec", lambda name: name)
+    monkeypatch.setattr(machine, "_clash", lambda: None)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine.metadata, "version", lambda name: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    machine._package_refusal.cache_clear()
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert "set CUDA_HOME" in str(machine.machine_refusal(torch.device("cuda", 0)))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert machine.machine_refusal(torch.device("cuda", 0)) is None
+    machine._package_refusal.cache_clear()

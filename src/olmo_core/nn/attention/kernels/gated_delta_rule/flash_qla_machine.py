@@ -20,7 +20,7 @@ def machine_refusal(device: torch.device) -> str | None:
     """
     if device.type != "cuda":
         return f"it runs on CUDA devices, not on {device.type}"
-    if (reason := _package_refusal()) is not None:
+    if (reason := _package_refusal(tuple(map(os.environ.get, _SEARCHED)))) is not None:
         return reason
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is not None or capability != (9, 0):
@@ -29,8 +29,12 @@ def machine_refusal(device: torch.device) -> str | None:
     return None
 
 
+_SEARCHED = ("CUDA_HOME", "CUDA_PATH", "PATH")
+"""The variables by which nvcc is found: who sets one afterwards gets another answer."""
+
+
 @cache
-def _package_refusal() -> str | None:
+def _package_refusal(searched: tuple[str | None, ...]) -> str | None:
     if find_spec("flash_qla") is None or find_spec("tilelang") is None:
         return 'it is not installed: pip install "olmo-attention[flash-qla]"'
     if (reason := _clash()) is not None:
