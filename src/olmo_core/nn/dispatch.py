@@ -293,7 +293,7 @@ def is_observed(inputs: Sequence[Any]) -> bool:
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _is_transformed()
     ):
         return True
     for x in inputs:

@@ -12,6 +12,7 @@ host's reading, which costs nothing on a CPU and is left to the device on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -71,14 +72,11 @@ def check_cu_doc_lens(
             f"The longest document must be an int, got {type(max_doc_len).__name__}. "
             "A tensor here would make every step wait for the device: use int(...)."
         )
-    readable, waits, bounds = can_be_read(cu), _waits(cu), (total, max_doc_len)
-    if readable and not (waits and bounds in _READ.get(cu, ())):
-        if torch._C._functorch.is_batchedtensor(cu):
-            raise ValueError(name + _DIFFERS)
-        _check_values(host_lengths(cu), total, max_doc_len, name)
-        if waits:
-            _READ.setdefault(cu, set()).add(bounds)
-    if waits or not readable:
+
+    def check(values: list[int]) -> None:
+        _check_values(values, total, max_doc_len, name)
+
+    if _left_to_device(cu, (total, max_doc_len), name, check):
         lengths = cu.diff()
         good = (lengths >= 0).all() & (cu[0] == 0) & (cu[-1] == total)
         if max_doc_len is not None:
@@ -122,18 +120,32 @@ def check_leftpad(leftpad: Tensor, batch: int, longest: int) -> None:
         raise TypeError(f"cache_leftpad must be a torch.int32 tensor, got {got}.")
     if leftpad.shape != (batch,):
         raise ValueError(f"cache_leftpad must have shape ({batch},), got {tuple(leftpad.shape)}.")
-    readable, waits = can_be_read(leftpad), _waits(leftpad)
-    if readable and not (waits and (longest,) in _READ.get(leftpad, ())):
-        if torch._C._functorch.is_batchedtensor(leftpad):
-            raise ValueError("cache_leftpad" + _DIFFERS)
-        values = host_lengths(leftpad)
+
+    def check(values: list[int]) -> None:
         if not all(0 <= n <= longest for n in values):
             raise ValueError(f"cache_leftpad must be in [0, {longest}], got {_short(values)}.")
-        if waits:
-            _READ.setdefault(leftpad, set()).add((longest,))
-    if waits or not readable:
+
+    if _left_to_device(leftpad, (longest,), "cache_leftpad", check):
         good = ((leftpad >= 0) & (leftpad <= longest)).all()
         torch._assert_async(good, "cache_leftpad is negative or longer than the row")
+
+
+def _left_to_device(
+    lengths: Tensor,
+    bounds: tuple[int | None, ...],
+    name: str,
+    check: Callable[[list[int]], None],
+) -> bool:
+    """Check the values on the host where it may read them, on a GPU each tensor once for its
+    bounds; whether the device must assert them."""
+    readable, waits = can_be_read(lengths), _waits(lengths)
+    if readable and not (waits and bounds in _READ.get(lengths, ())):
+        if torch._C._functorch.is_batchedtensor(lengths):
+            raise ValueError(name + _DIFFERS)
+        check(host_lengths(lengths))
+        if waits:
+            _READ.setdefault(lengths, set()).add(bounds)
+    return waits or not readable
 
 
 def _waits(lengths: Tensor) -> bool:
