@@ -136,7 +136,9 @@ def failure_of(error: Exception) -> Failure:
 def end_of(process: BaseProcess) -> str:
     """How a process that has closed its pipe ended: a signal's name, or its exit code."""
     process.join(1)  # its pipe closes a moment before
-    code = process.exitcode or 0
+    code = process.exitcode
+    if code is None:
+        return "it no longer listens"
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 

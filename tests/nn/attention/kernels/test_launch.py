@@ -54,7 +54,10 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     from triton.runtime import driver
 
     log: list[tuple[str, str]] = []
-    made = lambda src, metadata: log.append((src, "launcher"))  # noqa: E731
+
+    def made(src: str, metadata: object) -> None:
+        log.append((src, "launcher"))
+
     monkeypatch.setattr(driver, "_active", SimpleNamespace(launcher_cls=made))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(launch, "_hash_compiler", lambda: None)

@@ -20,7 +20,7 @@ from olmo_core.nn.attention.kernels.gates import decay_gates_ahead, gated_norm_a
 from olmo_core.nn.attention.kernels.launch import shaped_like
 from olmo_core.nn.attention.kernels.triton_driver import triton_refusal
 from olmo_core.nn.convolution import CausalConv1d
-from olmo_core.nn.dispatch import is_heard, is_observed
+from olmo_core.nn.dispatch import autocast_dtype, is_heard, is_observed
 from olmo_core.nn.layer_norm import RMSNorm
 from olmo_core.nn.sharded import local
 
@@ -51,9 +51,8 @@ def first_of_its_kind(
 
 def _dtype(x: Tensor) -> torch.dtype:
     """What the projections of ``x`` have."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
-    return x.dtype
+    dtype = autocast_dtype(x)
+    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
 
 
 def compile_layer_ahead(
